@@ -1,0 +1,97 @@
+"""Samples: windows of the token stream, in an order that is a pure function of (data, seed, number of the sample)."""
+
+from functools import lru_cache
+from hashlib import blake2b
+from math import isqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.packing import open_tokens, read_header
+
+IGNORED = -100  # the label of a position that has nothing to predict
+ROUNDS = 12  # from here on all 720 orders of 6 windows come about equally often; twice as many as large n need
+
+
+class TokenDataset(Dataset):
+    """Sample i, for any i >= 0, of the stream at path; the same on any rank, in any process, whatever came before.
+
+    A window is seq_len + 1 ids, of which the last is also the first of the next window: every id of the stream (but a
+    rest shorter than seq_len) is a label once an epoch. Epoch i // n visits the n windows in its own order.
+
+    fingerprint     hash of the token stream: a run that goes on with another one reads other data
+    num_tokens, num_documents, text_bytes    of the stream; len() is the number of windows, n
+
+    Raises ValueError when the stream is too short for one window.
+    """
+
+    def __init__(self, path: Path, *, seq_len: int, seed: int) -> None:
+        header = read_header(path)
+        assert header is not None, f"{path} is no complete token file"
+        if header.num_tokens < seq_len + 1:
+            raise ValueError(
+                f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has {header.num_tokens}; use "
+                f"at most {header.num_tokens - 1}, or more data."
+            )
+        self.path, self.seq_len, self.seed = path, seq_len, seed
+        self.num_tokens, self.num_documents, self.text_bytes = header.num_tokens, header.num_documents, header.text_bytes
+        self.fingerprint, self.eos_id = header.fingerprint, header.eos_id
+        self._tokens = open_tokens(path, header)
+
+    def __len__(self) -> int:
+        return (self.num_tokens - 1) // self.seq_len
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        """tokens, labels and positions of sample i, each [seq_len] int64.
+
+        labels[t] is the token behind tokens[t], or -100 where tokens[t] is eos: what follows is another document, so
+        there is nothing to learn. positions count the window from 0.
+        """
+        epoch, position = divmod(i, len(self))
+        start = permute(position, len(self), self.seed, epoch) * self.seq_len
+        window = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype("int64"))
+        tokens, labels = window[:-1], window[1:]
+        return {
+            "tokens": tokens,
+            "labels": labels.masked_fill(tokens == self.eos_id, IGNORED),
+            "positions": torch.arange(self.seq_len),
+        }
+
+    def __reduce__(self):
+        # For workers that are not forked: pickled as it is, a memory map would take all its tokens along.
+        return _reopen, (self.path, self.seq_len, self.seed)
+
+
+def _reopen(path: Path, seq_len: int, seed: int) -> TokenDataset:
+    return TokenDataset(path, seq_len=seq_len, seed=seed)
+
+
+def permute(i: int, n: int, seed: int, epoch: int) -> int:
+    """Where i goes in epoch's permutation of range(n): a bijection, in O(1) time and memory.
+
+    A Feistel network (each round adds a keyed hash of one half to the other, which can be undone, so it is a bijection)
+    on the pairs (left, right) of a grid of rows x columns >= n; a result outside range(n) goes through it again
+    ("cycle walking", Black and Rogaway 2002), at most a few times, as the grid has fewer than rows cells too many.
+    """
+    rows = isqrt(n - 1) + 1
+    columns = -(-n // rows)
+    key = _key(seed, epoch)
+    while True:
+        left, right = divmod(i, columns)
+        for r in range(0, ROUNDS, 2):
+            left = (left + _hash(key, r, right)) % rows
+            right = (right + _hash(key, r + 1, left)) % columns
+        i = left * columns + right
+        if i < n:
+            return i
+
+
+@lru_cache(maxsize=8)
+def _key(seed: int, epoch: int) -> bytes:
+    return blake2b(f"{seed} {epoch}".encode(), digest_size=16).digest()
+
+
+def _hash(key: bytes, r: int, half: int) -> int:
+    return int.from_bytes(blake2b(b"%d %d" % (r, half), key=key, digest_size=8).digest(), "little")

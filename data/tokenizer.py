@@ -1,0 +1,200 @@
+"""Text to token ids and back, by tiktoken: byte-level BPE, so every text round-trips and nothing is unknown.
+
+A tokenizer is three things: the rank of each token's bytes (a lower rank merges first, and is the token's id), the
+regular expression that first splits a text into words (merges never cross them), and the special tokens, whose ids
+stand for no text and which are never made from text.
+"""
+
+import base64
+import binascii
+import difflib
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
+SHIPPED = {"bpe_4096": Path(__file__).parent / "bpe_4096.tiktoken"}
+
+# Llama 3's, as published in llama-models (models/llama3/api/tokenizer.py).
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_NUM_RANKS = 128_000
+LLAMA3_SPECIALS = [
+    *(BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>"),
+    *("<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+    *("<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))),
+]
+
+# One call of tiktoken's fails above about a million characters of one kind: its regular expression's stack is full.
+MAX_PIECE_CHARS = 400_000
+
+
+class Tokenizer:
+    """What build_tokenizer returns.
+
+    name        as the user wrote it
+    vocab_size  number of ids, special tokens included: the largest id + 1
+    bos_id      put before each document; None when the tokenizer has no such token
+    eos_id      put behind each document
+    """
+
+    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]) -> None:
+        self.name = name
+        self.vocab_size = max(*ranks.values(), *specials.values()) + 1
+        self.bos_id = specials.get(BOS, specials.get("<|startoftext|>"))
+        self.eos_id = specials[EOS] if EOS in specials else specials["<|endoftext|>"]
+        self._ranks, self._pattern, self._specials = ranks, pattern, specials
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits: equal if and only if two tokenizers make the same ids from every text."""
+        digest = blake2b(self._pattern.encode(), digest_size=16)
+        for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
+            digest.update(b"%d:%d:%b" % (rank, len(token), token))
+        digest.update(repr(sorted(self._specials.items())).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _encoding(self):
+        import tiktoken  # here, as a run whose tokens are already cached never encodes
+
+        return tiktoken.Encoding(
+            self.name, pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens=self._specials
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of text alone, no bos or eos; the name of a special token in it is text like any other."""
+        return [int(i) for piece in _pieces(text) for i in self._encode_piece(piece)]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """encode() of each text, as uint32 arrays; pieces of all texts go in parallel (tiktoken drops the GIL)."""
+        pieces = [list(_pieces(text)) for text in texts]
+        _ = self._encoding  # made once, before threads race for it
+        with ThreadPoolExecutor() as pool:
+            encoded = pool.map(self._encode_piece, (piece for of_text in pieces for piece in of_text))
+            return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens by name. Ids without text and bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
+
+    def _encode_piece(self, piece: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(piece, disallowed_special=())
+        except UnicodeEncodeError:  # half of a surrogate pair, as JSON's \ud83d alone: it is no character
+            return self._encode_piece(piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    def _bytes_of(self, token: int) -> bytes:
+        try:
+            return self._encoding.decode_single_token_bytes(token)
+        except KeyError:  # a model's vocabulary may be padded beyond the tokenizer's
+            return "\ufffd".encode()
+
+
+def build_tokenizer(name_or_path: str) -> Tokenizer:
+    """"byte", "bpe_4096", the name of a tiktoken encoding, or a file in tiktoken's format (or a folder with one).
+
+    "byte" is the 256 bytes, bos and eos. "bpe_4096" is shipped: exactly 4096 ids, trained on Python source text by
+    scripts/train_tokenizer.py. A file of 128,000 ranks is Llama 3's tokenizer.model and gets its 256 special tokens;
+    any other file gets Llama 3's split pattern, and bos and eos as the two ids after its ranks.
+
+    Raises ValueError, one line, for an unknown name, a file that is missing or no tiktoken file, and for a tiktoken
+    encoding that is not on this machine and cannot be downloaded.
+    """
+    if name_or_path == "byte":
+        ranks = {bytes([i]): i for i in range(256)}
+        return Tokenizer("byte", ranks, r"(?s:.+)", {BOS: 256, EOS: 257})
+    path = SHIPPED.get(name_or_path, Path(name_or_path).expanduser())
+    if name_or_path not in SHIPPED:
+        import tiktoken
+
+        if name_or_path in tiktoken.list_encoding_names():
+            return _tiktoken_encoding(name_or_path)
+        if not path.exists():
+            raise ValueError(_unknown(name_or_path, tiktoken.list_encoding_names()))
+        if path.is_dir():
+            path = _tokenizer_file(path)
+    ranks = read_ranks(path)
+    names = LLAMA3_SPECIALS if len(ranks) == LLAMA3_NUM_RANKS else [BOS, EOS]
+    return Tokenizer(name_or_path, ranks, LLAMA3_PATTERN, {s: len(ranks) + i for i, s in enumerate(names)})
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """A file in tiktoken's format, lines of `base64(token) rank`, as {token: rank}; ranks are 0, 1, 2, ...
+
+    Read here and not by tiktoken.load, which keeps a copy under the file's *name* and would go on with that copy after
+    the file has changed.
+    """
+    ranks = {}
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                if len(ranks) != number or int(rank) != number - 1:
+                    raise ValueError
+    except OSError as error:
+        raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}.") from None
+    except (ValueError, binascii.Error):
+        raise ValueError(
+            f"tokenizer {path}, line {number}: not tiktoken's format, lines of `base64(token) rank` with ranks 0, 1, 2, "
+            "...; SentencePiece models and tokenizer.json are not supported."
+        ) from None
+    missing = [i for i in range(256) if bytes([i]) not in ranks]
+    if missing:
+        raise ValueError(
+            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is {missing[0]}), so not "
+            "every text could be encoded; is the file complete?"
+        )
+    return ranks
+
+
+def _pieces(text: str) -> Iterable[str]:
+    """text in parts of at most MAX_PIECE_CHARS, cut behind a line's end if there is one: words stay whole."""
+    start = 0
+    while len(text) - start > MAX_PIECE_CHARS:
+        end = text.rfind("\n", start, start + MAX_PIECE_CHARS) + 1 or start + MAX_PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _tiktoken_encoding(name: str) -> Tokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # all of requests' exceptions are OSErrors; ValueError: a wrong checksum
+        raise ValueError(
+            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed ({type(error).__name__}); put its '
+            'file into the folder that TIKTOKEN_CACHE_DIR names, or use one that works offline: "bpe_4096", "byte", or '
+            "the path of a file in tiktoken's format."
+        ) from None
+    # The private names are those of tiktoken's own README, "Extending tiktoken".
+    tokenizer = Tokenizer(name, encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+    tokenizer._encoding = encoding
+    return tokenizer
+
+
+def _tokenizer_file(folder: Path) -> Path:
+    file = folder / "tokenizer.model"
+    if not file.is_file():
+        hint = "original/tokenizer.model" if (folder / "original/tokenizer.model").is_file() else "another path"
+        raise ValueError(f"tokenizer {folder} is a folder without a tokenizer.model in it; use {hint}.")
+    return file
+
+
+def _unknown(name: str, encodings: list[str]) -> str:
+    if os.sep in name or "." in name:
+        return f'tokenizer {name}: no such file or folder; "bpe_4096" and "byte" need none.'
+    names = ["byte", *SHIPPED, *encodings]
+    near = difflib.get_close_matches(name, names, n=1)
+    did_you_mean = f' did you mean "{near[0]}"?' if near else ""
+    return f'tokenizer "{name}" is unknown;{did_you_mean} Valid are {", ".join(names)}, and paths of tokenizer files.'

@@ -1,0 +1,8 @@
+"""One decoder for every model family: correct and readable on one device, no parallelism in it."""
+
+from model.args import ModelArgs
+from model.flavors import FLAVORS, get_flavor
+from model.flops import flops_per_token, num_matmul_params, num_params
+from model.transformer import Transformer
+
+__all__ = ["FLAVORS", "ModelArgs", "Transformer", "flops_per_token", "get_flavor", "num_matmul_params", "num_params"]

@@ -1,0 +1,65 @@
+"""Fully sharded data parallelism (ZeRO-3, Rajbhandari et al. 2020, arXiv:1910.02054) with torch's FSDP2.
+
+Idea: every rank keeps 1/N of each weight, gradient and optimizer state. A block's weights are gathered just before it
+runs, and freed after; its gradients are summed and scattered as soon as backward has made them.
+
+Who holds what, with N ranks on the fsdp axis and R on dp_replicate: a rank holds 1/N of every weight, and R ranks hold
+the same 1/N (HSDP; N = 1 is plain replication, R = 1 plain FSDP).
+
+Bytes a rank receives per microbatch, for P parameters of b bytes, when weights are freed after forward: two all-gathers
+of P x b x (N-1)/N and one reduce-scatter of the same (in reduce_dtype's bytes); per step, with R > 1, one all-reduce of
+the gradient shard. Without freeing, one all-gather.
+
+Proof: tests/test_parity.py.
+"""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+
+def apply_fsdp(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    param_dtype: torch.dtype,
+    reduce_dtype: torch.dtype,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+) -> None:
+    """Shards model in place over mesh: (fsdp) or (dp_replicate, fsdp). Weights keep their dtype between steps; compute
+    is in param_dtype, gradients are summed in reduce_dtype."""
+    policy = dict(
+        mesh=mesh,
+        # Inputs keep their dtype: the stream follows the weights' dtype by itself, and RoPE must stay float32.
+        mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    )
+    for block in model.layers.values():
+        fully_shard(block, **policy, reshard_after_forward=reshard_after_forward)
+    # A tied weight must be in one group: then embedding and head stay in the root's.
+    if not model.args.tie_embeddings:
+        if model.tok_embeddings is not None:
+            fully_shard(model.tok_embeddings, **policy, reshard_after_forward=reshard_after_forward)
+        if model.output is not None:
+            # Backward begins with the head at once: freeing it after forward would only gather it again.
+            fully_shard([model.norm, model.output], **policy, reshard_after_forward=False)
+    fully_shard(model, **policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is divided once, by the whole step's tokens: every reduction is a plain sum. Neither call
+            # recurses, and gloo has no pre-multiplied sum to fall back on.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_last_microbatch(model: nn.Module, is_last: bool) -> None:
+    """Tells FSDP whether this backward ends the optimizer step: only then are the R copies' gradients summed.
+
+    Gradients are still reduce-scattered in every microbatch: keeping them whole until the last one would save
+    communication, but cost each rank the memory of a full gradient.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(is_last)
+        model.set_is_last_backward(is_last)

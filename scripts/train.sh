@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Trains, with all of its own set-up. Without arguments: the default recipe, on all GPUs, or on 2 CPU processes.
+#
+#   scripts/train.sh                                                     the default recipe
+#   scripts/train.sh --job.config_file configs/x.toml --training.steps 50    any recipe, any option
+#   NPROC=1 scripts/train.sh                                             another number of processes
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
+
+case " $* " in
+    *" --job.config_file"*) recipe=() ;;
+    *) recipe=(--job.config_file configs/llama3_debug.toml) ;;
+esac
+gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+case " $* " in *" --job.device cpu "* | *" --job.device=cpu "*) gpus=0 ;; esac
+nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+
+exec torchrun --standalone --nproc_per_node="$nproc" train.py "${recipe[@]}" "$@"

@@ -1,0 +1,129 @@
+"""Train a byte-level BPE tokenizer, and write it in tiktoken's file format:
+
+    python scripts/train_tokenizer.py                                                    data/bpe_4096.tiktoken
+    python scripts/train_tokenizer.py --dataset text --path 'texts/**/*.txt' --vocab_size 32000 --output my.tiktoken
+
+Then `--data.tokenizer my.tiktoken`. Deterministic: the same text gives the same file. The shipped bpe_4096 comes from
+the standard library of Python @VERSION@, on which a token stands for @BYTES@ bytes; training takes @SECONDS@ s on one CPU core.
+"""
+
+import argparse
+import base64
+import heapq
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import regex
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data.sources import build_source
+from data.tokenizer import LLAMA3_PATTERN, SHIPPED
+
+NUM_SPECIALS = 2  # bos and eos, the two ids that build_tokenizer puts after the ranks
+
+
+def count_words(documents: Iterable[str]) -> Counter[bytes]:
+    """How often each word, as UTF-8, occurs; a word is what Llama 3's pattern matches, and no token crosses its end."""
+    pattern = regex.compile(LLAMA3_PATTERN)
+    words: Counter[str] = Counter()
+    for document in documents:
+        words.update(pattern.findall(document))
+    return Counter({word.encode("utf-8", "replace"): count for word, count in words.items()})
+
+
+def train_bpe(words: dict[bytes, int], num_tokens: int) -> list[bytes]:
+    """The 256 bytes, then the tokens merged from two neighbours, most frequent first: [num_tokens] in rank order.
+
+    What is counted is the bytes of two neighbours together, not the pair, because tiktoken merges any neighbours whose
+    bytes together are a token ("a" + "bc" and "ab" + "c" are one). Of equally frequent ones the smaller bytes win.
+    Raises ValueError when the words have fewer tokens to give.
+    """
+    tokens = [bytes([i]) for i in range(256)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    counts: Counter[bytes] = Counter()
+    users: dict[bytes, set[int]] = defaultdict(set)  # candidate -> words that have had it; a superset
+    parts, frequencies = [], []
+    for index, (word, frequency) in enumerate(words.items()):
+        parts.append([word[i : i + 1] for i in range(len(word))])
+        frequencies.append(frequency)
+        for candidate in _candidates(parts[index]):
+            counts[candidate] += frequency
+            users[candidate].add(index)
+
+    # Counts change all the time and a heap's entries do not: each change adds an entry, and stale ones are passed over.
+    heap = [(-count, candidate) for candidate, count in counts.items()]
+    heapq.heapify(heap)
+    while len(tokens) < num_tokens:
+        if not heap:
+            raise ValueError(f"this text gives {len(tokens)} tokens at most, not {num_tokens}; use a smaller --vocab_size.")
+        negative, token = heapq.heappop(heap)
+        if counts[token] != -negative or not negative:
+            continue
+        ranks[token] = len(tokens)
+        tokens.append(token)
+        changed = set()
+        for index in users.pop(token):
+            before = _candidates(parts[index])
+            if token not in before:
+                continue
+            parts[index] = _merge(parts[index], ranks, token)
+            for candidate in before:
+                counts[candidate] -= frequencies[index]
+            for candidate in _candidates(parts[index]):
+                counts[candidate] += frequencies[index]
+                users[candidate].add(index)
+            changed.update(before, _candidates(parts[index]))
+        for candidate in changed:
+            heapq.heappush(heap, (-counts[candidate], candidate))
+    return tokens
+
+
+def _candidates(parts: list[bytes]) -> list[bytes]:
+    return [parts[i] + parts[i + 1] for i in range(len(parts) - 1)]
+
+
+def _merge(parts: list[bytes], ranks: dict[bytes, int], token: bytes) -> list[bytes]:
+    """parts with neighbours that make token merged, from the left; and then, rarely, those that make an older one."""
+    while True:
+        merged, i = [], 0
+        while i < len(parts):
+            together = parts[i] + parts[i + 1] if i + 1 < len(parts) else None
+            merged.append(token if together == token else parts[i])
+            i += 2 if together == token else 1
+        parts = merged
+        known = [candidate for candidate in _candidates(parts) if candidate in ranks]
+        if not known:
+            return parts
+        token = min(known, key=ranks.__getitem__)
+
+
+def write_ranks(path: str | Path, tokens: list[bytes]) -> None:
+    lines = [b"%b %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    Path(path).write_bytes(b"".join(lines))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocab_size", type=int, default=4096, help="number of ids with bos and eos; default 4096")
+    parser.add_argument("--dataset", default="python_stdlib", help="python_stdlib (default) or text")
+    parser.add_argument("--path", default="", help="for text: a file, folder or glob of text or .jsonl files")
+    parser.add_argument("--text_key", default="text", help="the field of a .jsonl line that holds the text")
+    parser.add_argument("--output", default=str(SHIPPED["bpe_4096"]), help="the file to write; default %(default)s")
+    options = parser.parse_args(arguments)
+    if options.vocab_size < 256 + NUM_SPECIALS:
+        raise ValueError(f"--vocab_size ({options.vocab_size}) must be at least {256 + NUM_SPECIALS}: bytes, bos and eos.")
+
+    words = count_words(build_source(options.dataset, options.path, options.text_key))
+    tokens = train_bpe(words, options.vocab_size - NUM_SPECIALS)
+    write_ranks(options.output, tokens)
+    print(f"{len(words):,} different words, {sum(words.values()):,} in all; {len(tokens):,} tokens in {options.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"error: {error}")

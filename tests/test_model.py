@@ -1,0 +1,216 @@
+"""The model on one device: sizes, arithmetic and initial values."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import FLAVORS, ModelArgs, Transformer, flops_per_token, get_flavor, num_params
+from model.init import fill_initial_values, init_std
+from model.rope import apply_rope, rope_cos_sin, rope_frequencies
+from parallelize import init_weights
+
+PUBLISHED = {  # Meta's model cards and Hugging Face's parameter counts
+    "llama3_1b": 1_235_814_400,
+    "llama3_3b": 3_212_749_824,
+    "llama3_8b": 8_030_261_248,
+    "llama3_70b": 70_553_706_496,
+    "llama3_405b": 405_853_388_800,
+}
+SMALL = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=80, vocab_size=97)
+
+
+def build(dtype=torch.float64, **changes) -> Transformer:
+    args = ModelArgs(**{**SMALL, **changes})
+    model = Transformer(args).to(dtype)
+    init_weights(model, args, seed=0)
+    return model
+
+
+def tokens_and_positions(batch=2, seq=16, vocab=97, offset=0):
+    tokens = torch.randint(vocab, (batch, seq), generator=torch.Generator().manual_seed(1))
+    return tokens, torch.arange(offset, offset + seq).expand(batch, seq)
+
+
+@pytest.mark.parametrize("flavor", FLAVORS)
+def test_parameter_counts(flavor):
+    """Each flavor's formula equals the module's own count, and Meta's where there is a published one."""
+    args = get_flavor(flavor)
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in Transformer(args).parameters())
+    assert num_params(args) == counted == PUBLISHED.get(flavor, counted)
+
+
+def test_flops_equal_the_counted_ones():
+    """FLOPs a token are exactly the multiplications and additions of the matmuls that torch runs, forward and back."""
+    seq = 32
+    model = build(torch.float32)
+    tokens, positions = tokens_and_positions(seq=seq)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(tokens, positions).sum().backward()
+    assert counter.get_total_flops() == flops_per_token(model.args, seq) * tokens.numel()
+
+
+def test_flops_of_llama3_8b():
+    """The two rulers at 8k: 57.9 GFLOP a token as torchtitan counts, 51.5 with causal attention."""
+    args = get_flavor("llama3_8b")
+    assert round(flops_per_token(args, 8192) / 1e9, 1) == 57.9
+    assert round(flops_per_token(args, 8192, causal=True) / 1e9, 1) == 51.5
+
+
+@pytest.mark.parametrize("n_kv_heads", [6, 3, 2, 1])
+def test_attention_equals_the_textbook(n_kv_heads):
+    """Multi-head, grouped and multi-query attention agree with softmax(q k / sqrt(d)) v written out head by head."""
+    torch.manual_seed(0)
+    model = build(n_kv_heads=n_kv_heads)
+    attention, args = model.layers["0"].attention, model.args
+    x = torch.randn(2, 9, args.dim, dtype=torch.float64)
+    cos, sin = rope_cos_sin(torch.arange(9).expand(2, 9), args)
+    d, group = args.head_dim, args.n_heads // n_kv_heads
+    heads = []
+    for h in range(args.n_heads):
+        rows, kv_rows = slice(h * d, (h + 1) * d), slice(h // group * d, (h // group + 1) * d)
+        q = apply_rope((x @ attention.wq.weight[rows].T)[:, :, None], cos, sin)[:, :, 0]
+        k = apply_rope((x @ attention.wk.weight[kv_rows].T)[:, :, None], cos, sin)[:, :, 0]
+        v = x @ attention.wv.weight[kv_rows].T
+        scores = (q @ k.transpose(1, 2) / math.sqrt(d)).masked_fill(~torch.ones(9, 9).tril().bool(), -math.inf)
+        heads.append(scores.softmax(-1) @ v)
+    torch.testing.assert_close(attention(x, cos, sin), torch.cat(heads, -1) @ attention.wo.weight.T)
+
+
+def test_the_future_does_not_change_the_past():
+    """Logits at a position depend on no later token."""
+    model = build()
+    tokens, positions = tokens_and_positions()
+    changed = tokens.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 97
+    a, b = model(tokens, positions), model(changed, positions)
+    assert torch.equal(a[:, :10], b[:, :10]) and not torch.equal(a[:, 10], b[:, 10])
+
+
+def test_positions_are_read_and_relative():
+    """Moving a whole sequence along changes no logit (but for float32 angles); moving half of it does."""
+    model = build()
+    tokens, positions = tokens_and_positions()
+    logits = model(tokens, positions)
+    torch.testing.assert_close(model(tokens, positions + 100), logits, rtol=0, atol=1e-5)
+    gap = positions + 50 * (positions >= 8)
+    assert (model(tokens, gap) - logits).abs().max() > 1e-3
+
+
+def test_rope_turns_each_pair_by_its_angle():
+    """Channels (2i, 2i+1), as a complex number, are multiplied by exp(i position / theta^(2i/d)); in float32 at least."""
+    args = ModelArgs(**SMALL, rope_theta=10000.0)
+    x = torch.randn(1, 5, 3, args.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 7, 100, 3]])
+    turned = apply_rope(x, *rope_cos_sin(positions, args))
+    for i in range(args.head_dim // 2):
+        angle = positions.double() / 10000.0 ** (2 * i / args.head_dim)
+        expected = (
+            torch.complex(x[..., 2 * i], x[..., 2 * i + 1]) * torch.polar(torch.ones_like(angle), angle)[..., None]
+        )
+        torch.testing.assert_close(torch.view_as_real(expected), turned[..., 2 * i : 2 * i + 2], rtol=0, atol=1e-5)
+    cos, sin = rope_cos_sin(torch.tensor([[4097]]), args)
+    assert cos.dtype == torch.float32 and apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
+
+
+def test_llama31_rope_scaling():
+    """Short wavelengths stay, long ones are slowed by the factor, between them the published blend, per channel."""
+    args = get_flavor("llama3_8b")
+    scaled = rope_frequencies(args, torch.device("cpu"))
+    for i in range(args.head_dim // 2):
+        frequency = 500000.0 ** (-2 * i / args.head_dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < 8192 / 4:
+            expected = frequency
+        elif wavelength > 8192 / 1:
+            expected = frequency / 8
+        else:
+            smooth = (8192 / wavelength - 1) / (4 - 1)
+            expected = (1 - smooth) * frequency / 8 + smooth * frequency
+        assert scaled[i].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_tied_embeddings_share_one_weight():
+    """A tied head is the embedding itself, after initialisation too, and gets both gradients."""
+    model = build(tie_embeddings=True)
+    assert model.output.weight is model.tok_embeddings.weight
+    model(*tokens_and_positions()).logsumexp(-1).sum().backward()
+    assert (model.tok_embeddings.weight.grad.abs().sum(1) > 0).all()  # also of tokens that were not read
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(n_heads=5), "n_heads .5. must divide model.dim .48."),
+        (dict(n_kv_heads=4), "n_kv_heads .4. must divide model.n_heads .6."),
+        (dict(n_heads=16, n_kv_heads=16), "must be even"),
+        (dict(n_layers=0), "n_layers .0. must be at least 1"),
+        (dict(rope_scaling="linear"), 'rope_scaling ."linear".'),
+    ],
+)
+def test_impossible_shapes(changes, message):
+    """Sizes that do not fit together are refused with their numbers."""
+    with pytest.raises(ValueError, match=message):
+        ModelArgs(**{**SMALL, **changes})
+
+
+def test_unknown_flavor_names_the_nearest():
+    """A misspelt flavor is answered with the one that was meant."""
+    with pytest.raises(ValueError, match='did you mean "llama3_8b"'):
+        get_flavor("llama3-8b")
+
+
+# ------------------------------------------------------------------------------------------------ initial values
+
+
+def whole(name: str, shape: tuple[int, ...], seed=0, dtype=torch.float32) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    fill_initial_values(tensor, name, tensor.shape, [torch.arange(n) for n in shape], ModelArgs(**SMALL), seed)
+    return tensor
+
+
+def test_any_part_of_a_parameter_starts_the_same():
+    """Rectangles of any size and stride, alone, hold bitwise what the whole parameter holds there."""
+    name, shape = "layers.0.attention.wq.weight", (301, 257)
+    full, random = whole(name, shape), torch.Generator().manual_seed(0)
+    for _ in range(50):
+        rows = torch.randperm(301, generator=random)[: torch.randint(0, 302, (), generator=random)]
+        columns = torch.randperm(257, generator=random)[: torch.randint(1, 258, (), generator=random)]
+        part = torch.empty(len(rows), len(columns))
+        fill_initial_values(part, name, torch.Size(shape), [rows, columns], ModelArgs(**SMALL), 0)
+        assert torch.equal(part, full[rows][:, columns])
+
+
+def test_initial_values_are_a_truncated_normal():
+    """Mean 0, the standard deviation asked for (0.9866 of it after cutting at 3), no value beyond, no correlation."""
+    x = whole("output.weight", (2000, 1500))
+    std = init_std("output.weight", ModelArgs())
+    n = x.numel()
+    assert abs(x.mean().item()) < 4 * std / math.sqrt(n)
+    assert x.std().item() == pytest.approx(0.98658 * std, rel=4 / math.sqrt(2 * n))
+    assert x.abs().max() <= 3 * std
+    flat = x.flatten() / std
+    for lag in (1, 2, 1500):
+        assert abs((flat[:-lag] * flat[lag:]).mean().item()) < 5 / math.sqrt(n)
+
+
+def test_initial_values_differ_by_name_and_seed():
+    """Layers, weights and seeds have streams of their own, also of each other's transposes and shifts."""
+    a = whole("layers.0.attention.wq.weight", (64, 64))
+    others = [whole("layers.1.attention.wq.weight", (64, 64)), whole("layers.0.attention.wk.weight", (64, 64))]
+    others += [whole("layers.0.attention.wq.weight", (64, 64), seed=1)]
+    for b in others:  # of 8 million possible values a few meet by chance; a shifted copy would share nearly all
+        assert len(set(a.flatten().tolist()) & set(b.flatten().tolist())) < 20
+
+
+def test_init_covers_every_parameter():
+    """Norms start as ones, residual projections are smaller, and a name without a rule is a bug that says so."""
+    model = build(torch.float32, dim=96, n_layers=8)
+    assert (model.norm.weight == 1).all() and (model.layers["3"].ffn_norm.weight == 1).all()
+    ratio = model.layers["0"].attention.wo.weight.std() / model.layers["0"].attention.wq.weight.std()
+    assert ratio.item() == pytest.approx(1 / 4, rel=0.05)
+    with pytest.raises(AssertionError, match="no rule"):
+        init_std("layers.0.attention.unknown.weight", model.args)

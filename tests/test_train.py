@@ -1,0 +1,223 @@
+"""train.py as a user sees it: launch, resume, checkpoints, files it writes, and errors of one line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from runs import TINY, argv, options, read_metrics, run_command, write_ragged_text
+
+SAVE = options(checkpoint__enable="true", checkpoint__interval="5", training__local_batch_size="1")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    return options(data__path=write_ragged_text(folder), data__cache_folder=folder / "cache")
+
+
+def trained(ranks: int, folder, *settings) -> list[str]:
+    """Trains in folder / "run" with fp64 TINY; the printed lines. Fails if the run does."""
+    ended_well, lines = run_command(ranks, argv(TINY, {"job.dump_folder": str(folder / "run")}, *settings), folder)
+    assert ended_well, lines
+    return lines
+
+
+def refused(ranks: int, folder, *settings) -> str:
+    """The one line with which a run ended that must not start."""
+    ended_well, lines = run_command(ranks, argv(TINY, {"job.dump_folder": str(folder / "run")}, *settings), folder)
+    errors = [line for line in lines if line.startswith("error")]
+    assert not ended_well and len(errors) == 1 and lines[-1] == errors[0], lines
+    assert "Traceback" not in "\n".join(lines)
+    return errors[0]
+
+
+def exact(folder) -> list[tuple]:
+    """What must not change from run to run, to the last bit."""
+    return [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens_seen"]) for r in read_metrics(folder / "run")]
+
+
+# ------------------------------------------------------------------------------------------------ resume
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, text):
+    """Twenty steps without a stop, on four ranks."""
+    folder = tmp_path_factory.mktemp("straight")
+    trained(4, folder, text, SAVE, options(training__steps="20", lr_scheduler__warmup_steps="4"))
+    return folder
+
+
+def in_parts(folder, text, *parts) -> None:
+    """A run of 20 steps that is stopped and resumed: parts are (ranks, step at which it stops)."""
+    for ranks, stop in parts:
+        # Interrupted, not reconfigured: the schedule must believe in 20 steps throughout.
+        settings = [text, SAVE, options(training__steps="20", lr_scheduler__warmup_steps="4")]
+        if stop == 20:
+            trained(ranks, folder, *settings)
+        else:
+            lines = argv(TINY, {"job.dump_folder": str(folder / "run")}, *settings)
+            ended_well, printed = run_command(ranks, lines, folder, stop_after=stop)
+            assert not ended_well and any("interrupted for the test" in line for line in printed), printed
+
+
+def test_resume_is_exact_on_the_same_layout(straight, text, tmp_path):
+    """10 + 10 steps, and 5 + 5 + 10 with a second resume, equal 20 to the last bit."""
+    for name, parts in (("once", [(4, 10), (4, 20)]), ("twice", [(4, 5), (4, 10), (4, 20)])):
+        (tmp_path / name).mkdir()
+        in_parts(tmp_path / name, text, *parts)
+        assert exact(tmp_path / name) == exact(straight)
+
+
+@pytest.mark.parametrize("parts", [[(4, 10), (2, 20)], [(2, 10), (8, 20)], [(1, 5), (8, 15), (3 - 1, 20)]])
+def test_resume_on_other_ranks(straight, text, tmp_path, parts):
+    """Stopped on some number of ranks and resumed on another, once and twice: equal to 1e-9."""
+    in_parts(tmp_path, text, *parts)
+    for row, expected in zip(exact(tmp_path), exact(straight), strict=True):
+        assert row == pytest.approx(expected, rel=1e-9)
+
+
+def test_work_after_the_last_checkpoint_is_repeated(straight, text, tmp_path):
+    """Killed at step 13, resumed from step 10: steps 11 to 13 are run again, and give the same numbers."""
+    in_parts(tmp_path, text, (4, 13), (4, 20))
+    rows = exact(tmp_path)
+    assert [r[0] for r in rows] == [*range(1, 14), *range(11, 21)]
+    assert rows[:10] + rows[13:] == exact(straight) and rows[10:13] == rows[13:16]
+
+
+# ------------------------------------------------------------------------------------------------ checkpoints
+
+
+def test_checkpoints_that_are_kept(text, tmp_path):
+    """Every interval and the last step are saved, the oldest deleted; a finished run has nothing more to do."""
+    save = options(checkpoint__interval="2", checkpoint__keep_latest_k="2", training__steps="7")
+    trained(2, tmp_path, text, SAVE, save)
+    folder = tmp_path / "run" / "checkpoint"
+    assert sorted(os.listdir(folder)) == ["step-6", "step-7"]
+    trained(2, tmp_path, text, SAVE, save)
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == list(range(1, 8))
+
+
+def test_incomplete_checkpoints_are_invisible(text, tmp_path):
+    """A folder that was being written when its run was killed is neither loaded nor in the way."""
+    trained(2, tmp_path, text, SAVE, options(training__steps="5"))
+    folder = tmp_path / "run" / "checkpoint"
+    (folder / "incomplete-step-10").mkdir()
+    (folder / "incomplete-step-10" / "__0_0.distcp").write_text("torn")
+    lines = trained(2, tmp_path, text, SAVE, options(training__steps="10"))
+    assert any("resumed at step 5" in line for line in lines)
+    assert sorted(os.listdir(folder)) == ["step-10", "step-5"]
+
+
+def test_going_back_starts_another_history(text, tmp_path):
+    """load_step resumes from an older checkpoint; newer ones are kept aside, not resumed from by a later start."""
+    save = options(checkpoint__interval="2", training__steps="6")
+    trained(2, tmp_path, text, SAVE, save)
+    lines = trained(2, tmp_path, text, SAVE, save, options(checkpoint__load_step="2", checkpoint__keep_latest_k="0"))
+    assert any("resumed at step 2" in line for line in lines)
+    names = sorted(re.sub(r"-\d{6,}", "", n) for n in os.listdir(tmp_path / "run" / "checkpoint"))
+    assert names == ["step-2", "step-4", "step-6", "superseded-step-4", "superseded-step-6"]
+
+
+def test_start_from_weights(text, tmp_path):
+    """initial_load_path takes the weights alone: step, data and optimizer begin anew."""
+    trained(2, tmp_path, text, SAVE, options(training__steps="5"))
+    path = tmp_path / "run" / "checkpoint" / "step-5"
+    other = tmp_path / "other"
+    other.mkdir()
+    trained(1, other, text, options(checkpoint__initial_load_path=path, training__steps="1"))
+    fresh, warm = exact(tmp_path)[0], exact(other)[0]
+    assert fresh[0] == warm[0] == 1 and warm[1] < fresh[1] - 0.1
+    assert "checkpoint" not in os.listdir(other / "run")  # nothing is written unless asked for
+
+
+# ------------------------------------------------------------------------------------------------ launch and files
+
+
+def test_torchrun_and_the_saved_config(text, tmp_path):
+    """torchrun with two processes trains; metrics.jsonl has every key; running from config.toml gives the same run."""
+    arguments = argv(TINY, text, {"job.dump_folder": str(tmp_path / "run"), "metrics.enable_tensorboard": "true"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    printed = subprocess.run(command + arguments, capture_output=True, text=True, check=True)
+    lines = [line for line in printed.stdout.splitlines() if line.startswith("step")]
+    assert len(lines) == 3 and all(
+        re.fullmatch(
+            r"step \d/3  loss +\d+\.\d{4}  grad norm +\d+\.\d{4}  lr \d\.\d\de-\d\d  +[\d,]+ tokens/s  +[\d.]+ TFLOP/s  "
+            r"+[\d.]+ GiB  left \d+:\d\d:\d\d",
+            line,
+        )
+        for line in lines
+    ), printed.stdout
+    rows = read_metrics(tmp_path / "run")
+    keys = ["step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "tokens_per_second_per_device"]
+    assert list(rows[0]) == [*keys, "tflops", "mfu", "memory_gib", "seconds"]
+    assert rows[0]["mfu"] is None and rows[2]["tokens_seen"] == 3 * 8 * 24
+    assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
+    first = exact(tmp_path)
+    again = ["--job.config_file", str(tmp_path / "run" / "config.toml")]
+    subprocess.run(command[:-2] + ["--nproc_per_node=2", "train.py"] + again, capture_output=True, check=True)
+    assert exact(tmp_path)[3:] == first
+
+
+def test_plain_python_is_one_process(text, tmp_path):
+    """`python train.py` needs no launcher."""
+    command = [sys.executable, "train.py", *argv(TINY, text, {"job.dump_folder": str(tmp_path / "run")})]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert len(read_metrics(tmp_path / "run")) == 3
+
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"training.stepz": "3"}, "--training.stepz is not an option; did you mean training.steps?"),
+        ({"model.flavor": "llama3_8c"}, 'model.flavor "llama3_8c" is not known; did you mean "llama3_8b"?'),
+        ({"parallelism.data_parallel_replicate_degree": "3"}, "does not multiply to the number of ranks (2)"),
+        ({"training.global_batch_size": "7"}, "7"),
+        ({"data.path": "/no/such/folder"}, "/no/such/folder"),
+        ({"data.tokenizer": "/no/such/tokenizer.model"}, "/no/such/tokenizer.model"),
+        ({"training.seq_len": "5000"}, "5000"),
+        ({"model.max_seq_len": "16"}, "training.seq_len (24) is longer than model.max_seq_len (16)"),
+        ({"model.vocab_size": "100"}, "--model.vocab_size 258"),
+        ({"training.enable_cpu_offload": "true"}, "training.enable_cpu_offload"),
+        ({"checkpoint.enable": "true", "checkpoint.load_step": "3"}, "complete ones: []"),
+        ({"checkpoint.initial_load_path": "/no/such"}, "/no/such is not a complete checkpoint"),
+        ({"optimizer.lr": "1e40", "training.max_norm": "0"}, "no weight was changed"),
+    ],
+)
+def test_a_mistake_is_one_line(settings, message, text, tmp_path):
+    """Two ranks, a non-zero exit, and a last line that rank 0 alone has written."""
+    assert message in refused(2, tmp_path, text, settings)
+
+
+def test_checkpoint_of_another_model(text, tmp_path):
+    """The differing sizes are named; so is a dtype that would be cast in silence."""
+    trained(1, tmp_path, text, SAVE, options(training__steps="1"))
+    line = refused(2, tmp_path, text, SAVE, options(model__ffn_dim="60", model__n_layers="3"))
+    assert "checkpoint of another model: n_layers is 2 there, 3 here; ffn_dim is 50 there, 60 here" in line
+    line = refused(2, tmp_path, text, SAVE, options(training__dtype="float32"))
+    assert "stored as torch.float64, this run has torch.float32" in line
+
+
+def test_changed_data_is_noticed(text, tmp_path):
+    """Resuming on another text is allowed, and said."""
+    trained(1, tmp_path, text, SAVE, options(training__steps="1"))
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 100)
+    lines = trained(1, tmp_path, text, SAVE, options(training__steps="2", data__path=other))
+    assert any(line.startswith("warning: the data or tokenizer is not that checkpoint's") for line in lines)
+
+
+def test_an_unexpected_error_keeps_its_traceback(text, tmp_path):
+    """Only errors that are raised on purpose are cut to a line: a bug in a library must stay debuggable."""
+    program = (
+        "from training.distributed import clean_exit\nimport json\nwith clean_exit():\n    json.loads('{')\n"
+    )  # JSONDecodeError is a ValueError too
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" in ended.stderr and "json.decoder" in ended.stderr
+    assert json

@@ -1,0 +1,111 @@
+"""The parts of a step, each against its definition: schedule, optimizer groups, loss, gradient norm."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import ModelArgs, Transformer
+from training.loss import IGNORE_INDEX, cross_entropy_sum
+from training.lr_schedule import learning_rate
+from training.metrics import PEAK_FLOPS
+from training.optimizer import build_optimizer, clip_grad_norm
+
+
+def schedule(**changes) -> list[float]:
+    options = dict(lr=2.0, total_steps=100, warmup_steps=10, decay_ratio=0.2, decay_type="linear", min_lr_factor=0.1)
+    options.update(changes)
+    return [learning_rate(step, **options) for step in range(options["total_steps"])]
+
+
+def test_warmup_stable_decay():
+    """Rises linearly to lr in warmup_steps, stays, and falls in the last fifth towards lr x min_lr_factor."""
+    rates = schedule()
+    assert rates[:10] == pytest.approx([2.0 * (i + 1) / 10 for i in range(10)])
+    assert rates[10:81] == [2.0] * 71
+    assert rates[90] == pytest.approx(2.0 * (0.1 + 0.9 * 0.5)) and rates[99] == pytest.approx(2.0 * (0.1 + 0.9 * 0.05))
+
+
+def test_cosine_from_the_warmup_on():
+    """decay_ratio 1 is the usual cosine: half way between warm-up and end it is the mean of both ends."""
+    rates = schedule(decay_ratio=1.0, decay_type="cosine")
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(2.0 * 0.55)
+    assert rates[32] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * 22 / 90)) / 2))
+    assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
+
+
+def test_sqrt_and_constant():
+    """sqrt falls steepest at once; decay_ratio 0 never falls; a warm-up longer than the run just goes on."""
+    assert schedule(decay_type="sqrt")[85] == pytest.approx(2.0 * (0.1 + 0.9 * (1 - math.sqrt(5 / 20))))
+    assert schedule(decay_ratio=0.0)[10:] == [2.0] * 90
+    assert schedule(warmup_steps=200)[99] == pytest.approx(1.0)
+
+
+def test_only_matrices_are_decayed():
+    """Norms never, the embedding as asked, a tied head with its embedding; every parameter in exactly one group."""
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+    options = dict(name="AdamW", lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for tied in (False, True):
+        model = Transformer(ModelArgs(**shape, tie_embeddings=tied))
+        for decay_embeddings in (False, True):
+            optimizer = build_optimizer(model.named_parameters(), **options, decay_embeddings=decay_embeddings)
+            decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+            assert decay.keys() == set(model.parameters())
+            for name, p in model.named_parameters():
+                spared = "norm" in name or ("tok_embeddings" in name and not decay_embeddings)
+                assert decay[p] == (0.0 if spared else 0.1), name
+
+
+def test_loss_is_a_sum_over_valid_labels():
+    """Ignored labels add nothing to loss or gradient; logits of low precision are summed in float32."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 11, requires_grad=True)
+    labels = torch.randint(11, (2, 5))
+    labels[0, 3] = labels[1, :2] = IGNORE_INDEX
+    loss = cross_entropy_sum(logits, labels)
+    valid = labels != IGNORE_INDEX
+    expected = -F.log_softmax(logits, -1)[valid].gather(1, labels[valid][:, None]).sum()
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert (logits.grad[~valid] == 0).all() and (logits.grad[valid] != 0).all()
+    assert cross_entropy_sum(logits.bfloat16(), labels).dtype == torch.float32
+    assert cross_entropy_sum(logits.double(), labels).dtype == torch.float64
+
+
+def test_gradient_norm_equals_torch():
+    """Norm and clipped gradients agree with torch's on plain parameters; 0 only measures; parameters without a
+    gradient do not matter."""
+    torch.manual_seed(0)
+
+    def parameters():
+        torch.manual_seed(0)
+        made = [torch.nn.Parameter(torch.randn(n, 7)) for n in (3, 5, 2)]
+        for p in made[:2]:
+            p.grad = torch.randn_like(p)
+        return made
+
+    for max_norm in (0.5, 100.0):
+        ours, theirs = parameters(), parameters()
+        norm = clip_grad_norm(ours, max_norm, torch.device("cpu"))
+        assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=1e-6)
+        for a, b in zip(ours[:2], theirs[:2], strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+    measured = parameters()
+    before = [p.grad.clone() for p in measured[:2]]
+    clip_grad_norm(measured, 0.0, torch.device("cpu"))
+    assert all(torch.equal(p.grad, b) for p, b in zip(measured, before, strict=False))
+
+
+def test_norm_of_bfloat16_gradients_is_not_rounded():
+    """Squares are summed in float32: a million ones have the norm 1000, not what bfloat16 can hold of it."""
+    p = torch.nn.Parameter(torch.ones(1000, 1003, dtype=torch.bfloat16))
+    p.grad = torch.ones_like(p)
+    assert clip_grad_norm([p], 0.0, torch.device("cpu")) == pytest.approx(math.sqrt(1003000), rel=1e-6)
+
+
+def test_peak_flops_finds_the_most_exact_name():
+    """'NVIDIA H100 PCIe' is not taken for the faster SXM part, nor a GH200 for an H200, nor an H20 for either."""
+    first = lambda name: next(part for part in PEAK_FLOPS if part in name)  # noqa: E731
+    assert first("NVIDIA H100 PCIe") == "H100 PCIe" and first("NVIDIA H100 80GB HBM3") == "H100"
+    assert first("NVIDIA H200") == "H200" and first("NVIDIA H20") == "H20" and first("NVIDIA GH200 480GB") == "GH200"

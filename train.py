@@ -1,0 +1,198 @@
+"""Nano-Train: the whole training run, top to bottom.
+
+    python train.py --job.config_file configs/llama3_debug.toml                        one process, CPU or one GPU
+    torchrun --nproc_per_node=8 train.py --job.config_file configs/llama3_8b.toml      eight GPUs of one machine
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 train.py ...     two machines
+
+Any option of config.py goes on the command line, `--section.key value`; `--help` lists them.
+"""
+
+import math
+import os
+import sys
+import time
+from dataclasses import replace
+
+STARTED = time.perf_counter()  # before torch, whose import is most of a cold start
+
+import torch
+import torch.distributed as dist
+
+from checkpoint import CheckpointManager
+from config import Config, load_config, save_config
+from data import build_dataset, build_loader, build_tokenizer
+from model import Transformer, flops_per_token, get_flavor, num_params
+from parallelize import Degrees, build_mesh, init_weights, parallelize, set_last_microbatch
+from training.distributed import clean_exit, first_on_each_machine, init_distributed, set_determinism
+from training.loss import count_valid_tokens, cross_entropy_sum, sum_over
+from training.lr_schedule import learning_rate
+from training.metrics import Metrics
+from training.optimizer import build_optimizer, clip_grad_norm
+
+
+def main(config: Config) -> None:
+    training = config.training
+    device = init_distributed(config.job.device, config.comm.timeout_seconds)
+    if training.enable_cpu_offload and device.type == "cpu":
+        raise ValueError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
+    set_determinism(training.seed, training.deterministic)
+    log = print if dist.get_rank() == 0 else lambda *_, **__: None
+
+    # The ranks as a five-dimensional grid.
+    p = config.parallelism
+    degrees = Degrees(dp_replicate=p.data_parallel_replicate_degree, dp_shard=p.data_parallel_shard_degree)
+    mesh = build_mesh(degrees, device.type, dist.get_world_size())
+
+    # What is read: text, through a tokenizer, as samples that depend on nothing but (data, seed, number of the sample).
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    with first_on_each_machine():
+        dataset = build_dataset(
+            config.data.dataset,
+            config.data.path,
+            tokenizer,
+            seq_len=training.seq_len,
+            seed=training.seed,
+            text_key=config.data.text_key,
+            cache_folder=config.data.cache_folder,
+        )
+    global_batch_size = training.global_batch_size
+    if global_batch_size == -1:
+        global_batch_size = training.local_batch_size * mesh.batch_size
+
+    # What is trained. 1) shapes: the whole model on meta, and every parallelism applied to it
+    overrides = {k: v for k, v in vars(config.model).items() if k != "flavor" and v is not None}
+    model_args = replace(get_flavor(config.model.flavor), **overrides)
+    check_data_fits_model(model_args, tokenizer, training.seq_len)
+    with torch.device("meta"):
+        model = Transformer(model_args).to(getattr(torch, training.dtype))
+    parallelize(
+        model,
+        mesh,
+        param_dtype=getattr(torch, training.mixed_precision_param),
+        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+        reshard_after_forward=p.fsdp_reshard_after_forward == "always",
+        cpu_offload=training.enable_cpu_offload,
+    )
+    # 2) memory  3) values, the same in any layout
+    model.to_empty(device="cpu" if training.enable_cpu_offload else device)
+    init_weights(model, model_args, training.seed)
+
+    optimizer = build_optimizer(
+        model.named_parameters(),
+        name=config.optimizer.name,
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+        decay_embeddings=config.optimizer.decay_embeddings,
+    )
+
+    # Where it stands: at the beginning, or where an earlier run has left it.
+    step = tokens_seen = samples_consumed = 0
+    checkpoint = CheckpointManager(
+        os.path.join(config.job.dump_folder, config.checkpoint.folder),
+        model=model,
+        optimizer=optimizer,
+        model_args=model_args,
+        enable=config.checkpoint.enable,
+        interval=config.checkpoint.interval,
+        keep_latest_k=config.checkpoint.keep_latest_k,
+    )
+    resumed = checkpoint.load(config.checkpoint.load_step, config.checkpoint.initial_load_path)
+    if resumed is not None:
+        step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
+        log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
+        if resumed["data_fingerprint"] != dataset.fingerprint:
+            log("warning: the data or tokenizer is not that checkpoint's; sample numbers go on in the new data")
+
+    loader = build_loader(
+        dataset,
+        global_batch_size=global_batch_size,
+        local_batch_size=training.local_batch_size,
+        data_rank=mesh.batch_rank,
+        data_ranks=mesh.batch_size,
+        samples_consumed=samples_consumed,
+        num_workers=config.data.num_workers,
+    )
+    batches = iter(loader)
+    metrics = Metrics(
+        config.job.dump_folder,
+        is_writer=dist.get_rank() == 0,
+        log_freq=config.metrics.log_freq,
+        total_steps=training.steps,
+        flops_per_token=flops_per_token(model_args, training.seq_len),
+        num_devices=dist.get_world_size(),
+        device=device,
+        enable_tensorboard=config.metrics.enable_tensorboard,
+    )
+    if dist.get_rank() == 0:
+        save_config(config, os.path.join(config.job.dump_folder, "config.toml"))
+    log(
+        f"{config.model.flavor}: {num_params(model_args):,} parameters on {dist.get_world_size()} x {device.type}, "
+        f"{mesh.degrees}; {global_batch_size} sequences of {training.seq_len} tokens a step; "
+        f"set up in {time.perf_counter() - STARTED:.1f} s"
+    )
+
+    def forward_backward(microbatches, num_tokens):
+        """This rank's part of the step's loss; gradients are summed over microbatches and ranks."""
+        total = torch.zeros((), device=device)
+        for i, batch in enumerate(microbatches):
+            set_last_microbatch(model, i == len(microbatches) - 1)
+            logits = model(batch["tokens"], batch["positions"])
+            # Divided before backward, by the tokens of the whole step: see training/loss.py.
+            loss = cross_entropy_sum(logits, batch["labels"]) / num_tokens
+            del logits  # the largest tensor there is: free it while backward runs
+            loss.backward()
+            total = total + loss.detach()
+        return total
+
+    metrics.start()
+    while step < training.steps:
+        # ---------------------------------------------------------------------------------------- the step
+        microbatches = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in next(batches)]
+        num_tokens = count_valid_tokens(microbatches, mesh.loss)
+        loss = forward_backward(microbatches, num_tokens)
+        grad_norm = clip_grad_norm(model.parameters(), training.max_norm, device)
+        if not math.isfinite(grad_norm):
+            # Before the weights take it up: the last checkpoint, and the weights in memory, are still good.
+            raise FloatingPointError(f"the gradient's norm is {grad_norm} at step {step + 1}; no weight was changed")
+        lr = learning_rate(step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        # ------------------------------------------------------------------------------- everything else
+        tokens = global_batch_size * training.seq_len
+        tokens_seen += tokens
+        metrics.count(tokens)
+        if metrics.is_log_step(step):
+            mean_loss = sum_over(loss, mesh.loss).item()
+            metrics.log(step, loss=mean_loss, grad_norm=grad_norm, lr=lr, tokens_seen=tokens_seen)
+        checkpoint.maybe_save(
+            step,
+            is_last=step == training.steps,
+            tokens_seen=tokens_seen,
+            samples_consumed=loader.samples_consumed,
+            data_fingerprint=dataset.fingerprint,
+        )
+    metrics.close()
+
+
+def check_data_fits_model(model_args, tokenizer, seq_len: int) -> None:
+    """ValueError when the tokenizer's ids or the positions go beyond what the model is made for."""
+    if tokenizer.vocab_size > model_args.vocab_size:
+        raise ValueError(
+            f"data.tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but model.vocab_size is "
+            f"{model_args.vocab_size}; set --model.vocab_size {tokenizer.vocab_size} or take another tokenizer."
+        )
+    if seq_len > model_args.max_seq_len:
+        raise ValueError(
+            f"training.seq_len ({seq_len}) is longer than model.max_seq_len ({model_args.max_seq_len}); shorten it, or "
+            "raise model.max_seq_len if longer positions are meant."
+        )
+
+
+if __name__ == "__main__":
+    with clean_exit():
+        main(load_config(sys.argv[1:]))

@@ -1,0 +1,96 @@
+"""Process group and device: start, a clean end, errors that are reported once, one rank a machine first."""
+
+import os
+import random
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ERROR_GRACE_SECONDS = 10  # how long other ranks let rank 0 report an error that all of them have met
+
+
+def rank() -> int:
+    """This process's global rank, also before the process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def init_distributed(device: str, timeout_seconds: int) -> torch.device:
+    """Starts the process group that torchrun prepared (or one of a single process without it); returns this rank's
+    device. device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= num_gpus:
+            raise ValueError(
+                f"this machine has {num_gpus} GPUs, but local rank {local_rank} needs one of its own; start at most "
+                f"{num_gpus} processes a machine, or add --job.device cpu."
+            )
+        torch.cuda.set_device(local_rank)
+    # Tensors on the CPU are communicated too: barriers, and gradients under CPU offload.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def set_determinism(seed: int, deterministic: bool) -> None:
+    """Seeds every generator. Nothing in training draws from them (weights and data come from counters), so equal
+    seeds on all ranks do no harm. deterministic makes torch refuse kernels whose result varies from run to run."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """One rank a machine runs the body first, the others after it: they find what it left in a cache."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        dist.barrier()
+    yield
+    if first:
+        dist.barrier()
+
+
+@contextmanager
+def clean_exit() -> Iterator[None]:
+    """Ends the process group, and turns an error that this project raised on purpose, or one of the file system, into
+    one line and exit status 1. Any other error keeps its traceback.
+
+    Usually every rank meets the same error. Rank 0 reports it; torchrun then stops the others, which wait for that. An
+    error that only another rank has met is reported by that rank, after the wait.
+    """
+    try:
+        yield
+    except (ValueError, FloatingPointError, OSError) as error:
+        if not isinstance(error, OSError) and not _raised_here(error):
+            raise
+        if rank() != 0:
+            time.sleep(ERROR_GRACE_SECONDS)
+        prefix = "error:" if rank() == 0 else f"error (rank {rank()}):"
+        print(prefix, " ".join(str(error).split()), file=sys.stderr, flush=True)
+        # Not sys.exit: leaving the interpreter in order would wait for peers that never come.
+        os._exit(1)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the raise statement stands in this repository, and not in a library."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return Path(frame.f_code.co_filename).resolve().is_relative_to(REPOSITORY)
