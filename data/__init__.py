@@ -1,4 +1,6 @@
-"""From text to batches: tokenizer -> documents -> one cached stream of ids -> samples in seeded order -> steps."""
+"""From text to batches: tokenizer -> documents -> one cached stream of ids -> samples in seeded order ->
+steps.
+"""
 
 from pathlib import Path
 
@@ -23,7 +25,9 @@ def build_dataset(
 ) -> TokenDataset:
     """Samples of seq_len tokens of a dataset ("python_stdlib", or "text" with a path), in the order of seed.
 
-    The documents are tokenised on first use, and kept in cache_folder. Raises ValueError, one line, for whatever is
-    wrong with the names, the files, or a seq_len that is longer than the data.
+    The documents are tokenised on first use, and kept in cache_folder. Raises ValueError, one line, for
+    whatever is wrong with the names, the files, or a seq_len that is longer than the data.
     """
-    return TokenDataset(pack(build_source(dataset, path, text_key), tokenizer, cache_folder), seq_len=seq_len, seed=seed)
+    return TokenDataset(
+        pack(build_source(dataset, path, text_key), tokenizer, cache_folder), seq_len=seq_len, seed=seed
+    )

@@ -1,6 +1,5 @@
-"""Samples: windows of the token stream, in an order that is a pure function of (data, seed, number of the sample)."""
+"""Samples: windows of the token stream, where sample i is a pure function of (data, seed, i)."""
 
-from functools import lru_cache
 from hashlib import blake2b
 from math import isqrt
 from pathlib import Path
@@ -12,17 +11,18 @@ from torch.utils.data import Dataset
 from data.packing import open_tokens, read_header
 
 IGNORED = -100  # the label of a position that has nothing to predict
-ROUNDS = 12  # from here on all 720 orders of 6 windows come about equally often; twice as many as large n need
+ROUNDS = 12  # 6 mix a large n well; with 12, all orders of 6 windows come equally often too
 
 
 class TokenDataset(Dataset):
-    """Sample i, for any i >= 0, of the stream at path; the same on any rank, in any process, whatever came before.
+    """Sample i, for any i >= 0, of the stream at path: the same in any process, whatever was read before.
 
-    A window is seq_len + 1 ids, of which the last is also the first of the next window: every id of the stream (but a
-    rest shorter than seq_len) is a label once an epoch. Epoch i // n visits the n windows in its own order.
+    A window is seq_len + 1 ids, of which the last is also the first of the next window: every id of the
+    stream (but a rest shorter than seq_len) is a label once an epoch. Epoch i // n visits the n windows in
+    its own order.
 
-    fingerprint     hash of the token stream: a run that goes on with another one reads other data
-    num_tokens, num_documents, text_bytes    of the stream; len() is the number of windows, n
+    fingerprint is a hash of the stream: a run that resumes with another one reads other data. num_tokens,
+    num_documents and text_bytes are the stream's; len() is the number of windows, n.
 
     Raises ValueError when the stream is too short for one window.
     """
@@ -32,12 +32,13 @@ class TokenDataset(Dataset):
         assert header is not None, f"{path} is no complete token file"
         if header.num_tokens < seq_len + 1:
             raise ValueError(
-                f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has {header.num_tokens}; use "
-                f"at most {header.num_tokens - 1}, or more data."
+                f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
+                f"{header.num_tokens}; use at most {header.num_tokens - 1}, or more data."
             )
         self.path, self.seq_len, self.seed = path, seq_len, seed
-        self.num_tokens, self.num_documents, self.text_bytes = header.num_tokens, header.num_documents, header.text_bytes
-        self.fingerprint, self.eos_id = header.fingerprint, header.eos_id
+        self.num_tokens, self.num_documents = header.num_tokens, header.num_documents
+        self.text_bytes, self.fingerprint = header.text_bytes, header.fingerprint
+        self._eos_id = header.eos_id
         self._tokens = open_tokens(path, header)
 
     def __len__(self) -> int:
@@ -46,8 +47,8 @@ class TokenDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """tokens, labels and positions of sample i, each [seq_len] int64.
 
-        labels[t] is the token behind tokens[t], or -100 where tokens[t] is eos: what follows is another document, so
-        there is nothing to learn. positions count the window from 0.
+        labels[t] is the token behind tokens[t], or -100 where tokens[t] is eos: what follows is another
+        document, so there is nothing to learn. positions count the window from 0.
         """
         epoch, position = divmod(i, len(self))
         start = permute(position, len(self), self.seed, epoch) * self.seq_len
@@ -55,7 +56,7 @@ class TokenDataset(Dataset):
         tokens, labels = window[:-1], window[1:]
         return {
             "tokens": tokens,
-            "labels": labels.masked_fill(tokens == self.eos_id, IGNORED),
+            "labels": labels.masked_fill(tokens == self._eos_id, IGNORED),
             "positions": torch.arange(self.seq_len),
         }
 
@@ -71,13 +72,14 @@ def _reopen(path: Path, seq_len: int, seed: int) -> TokenDataset:
 def permute(i: int, n: int, seed: int, epoch: int) -> int:
     """Where i goes in epoch's permutation of range(n): a bijection, in O(1) time and memory.
 
-    A Feistel network (each round adds a keyed hash of one half to the other, which can be undone, so it is a bijection)
-    on the pairs (left, right) of a grid of rows x columns >= n; a result outside range(n) goes through it again
-    ("cycle walking", Black and Rogaway 2002), at most a few times, as the grid has fewer than rows cells too many.
+    A Feistel network (each round adds a keyed hash of one half to the other, which can be undone, so it is a
+    bijection) on the pairs (left, right) of a grid of rows x columns >= n; a result outside range(n) goes
+    through it again ("cycle walking", Black and Rogaway 2002), at most a few times, as the grid has fewer
+    than rows cells too many.
     """
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)
-    key = _key(seed, epoch)
+    key = blake2b(f"{seed} {epoch}".encode(), digest_size=16).digest()
     while True:
         left, right = divmod(i, columns)
         for r in range(0, ROUNDS, 2):
@@ -86,11 +88,6 @@ def permute(i: int, n: int, seed: int, epoch: int) -> int:
         i = left * columns + right
         if i < n:
             return i
-
-
-@lru_cache(maxsize=8)
-def _key(seed: int, epoch: int) -> bytes:
-    return blake2b(f"{seed} {epoch}".encode(), digest_size=16).digest()
 
 
 def _hash(key: bytes, r: int, half: int) -> int:

@@ -1,10 +1,12 @@
 """Batches of a TokenDataset for one data rank, with a state of one integer.
 
-Step b, counted from samples_consumed, holds samples [samples_consumed + b * G, + G) of the global order, G being the
-global batch size. Rank r of R takes the r-th contiguous G / R of them. So the samples of a step are the same on any
-number of ranks, and a run goes on exactly with other ranks or batch sizes, knowing only how many samples are behind it.
+Step b, counted from samples_consumed, holds samples [samples_consumed + b * G, + G) of the global order, G
+being the global batch size. Rank r of R takes the r-th contiguous G / R of them. So the samples of a step are
+the same on any number of ranks, and a run goes on exactly with other ranks or batch sizes, knowing only how
+many samples are behind it.
 """
 
+import warnings
 from collections.abc import Iterator
 from functools import partial
 
@@ -21,30 +23,34 @@ Microbatch = dict[str, Tensor]
 class Loader:
     """What build_loader returns: an iterator that never ends.
 
-    next() gives one optimizer step: a list of microbatches, each {name: [local_batch_size, seq_len] int64} with the
-    names of TokenDataset's samples. samples_consumed counts the samples, of all ranks, of the steps handed out.
+    next() gives one optimizer step: a list of microbatches, each {name: [local_batch_size, seq_len] int64}
+    with the names of TokenDataset's samples. samples_consumed counts the samples, of all ranks, of the steps
+    handed out.
     """
 
-    def __init__(self, dataset, global_batch_size, local_batch_size, data_rank, data_ranks, samples_consumed, num_workers):
+    def __init__(
+        self,
+        dataset: TokenDataset,
+        *,
+        global_batch_size: int,
+        local_batch_size: int,
+        rank_batch_size: int,
+        data_rank: int,
+        samples_consumed: int,
+        num_workers: int,
+    ) -> None:
         self.samples_consumed = samples_consumed
-        self._global_batch_size = global_batch_size
-        self._rank_batch_size = global_batch_size // data_ranks
-        self._first = data_rank * self._rank_batch_size
+        self._dataset, self._num_workers = dataset, num_workers
+        self._global_batch_size, self._local_batch_size = global_batch_size, local_batch_size
+        self._rank_batch_size, self._rank_offset = rank_batch_size, data_rank * rank_batch_size
         self._batches: Iterator[list[Microbatch]] | None = None
-        self._make_batches = partial(
-            StatefulDataLoader,
-            dataset,
-            collate_fn=partial(_microbatches, local_batch_size),
-            num_workers=num_workers,
-            generator=torch.Generator(),  # its own: a loader takes a number for its workers from the global one otherwise
-        )
 
     def __iter__(self) -> "Loader":
         return self
 
     def __next__(self) -> list[Microbatch]:
         if self._batches is None:
-            self._batches = iter(self._make_batches(batch_sampler=self._steps()))
+            self._batches = self._start()
         microbatches = next(self._batches)
         # Counted here, where a step is handed out: workers are already fetching the steps after it.
         self.samples_consumed += self._global_batch_size
@@ -58,12 +64,18 @@ class Loader:
         self.samples_consumed = state["samples_consumed"]
         self._batches = None
 
-    def _steps(self) -> Iterator[list[int]]:
-        """This rank's sample numbers of each step from samples_consumed on."""
-        start = self.samples_consumed + self._first
-        while True:
-            yield list(range(start, start + self._rank_batch_size))
-            start += self._global_batch_size
+    def _start(self) -> Iterator[list[Microbatch]]:
+        first = self.samples_consumed + self._rank_offset
+        with warnings.catch_warnings():  # torchdata 0.11 on torch 2.13, about itself
+            warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+            batches = StatefulDataLoader(
+                self._dataset,
+                batch_sampler=_steps(first, self._rank_batch_size, self._global_batch_size),
+                collate_fn=partial(_microbatches, self._local_batch_size),
+                num_workers=self._num_workers,
+                generator=torch.Generator(),  # its own: otherwise it draws a number from the model's
+            )
+        return iter(batches)
 
 
 def build_loader(
@@ -78,18 +90,35 @@ def build_loader(
 ) -> Loader:
     """Steps of global_batch_size samples, this rank's share in microbatches of local_batch_size.
 
-    global_batch_size and samples_consumed count sequences over all data_ranks. num_workers processes fetch ahead; 0
-    fetches when asked. Raises ValueError when the ranks cannot share a step in whole microbatches.
+    global_batch_size and samples_consumed count sequences over all data_ranks. num_workers processes fetch
+    ahead; 0 fetches when asked. Raises ValueError when the ranks cannot share a step in whole microbatches.
     """
     at_once = local_batch_size * data_ranks
     if global_batch_size < 1 or global_batch_size % at_once:
         below = global_batch_size // at_once * at_once
         fitting = f"{below} or {below + at_once}" if below > 0 else f"{at_once}"
         raise ValueError(
-            f"training.global_batch_size ({global_batch_size}) must be a multiple of local_batch_size x data ranks "
-            f"({local_batch_size} x {data_ranks} = {at_once}); use {fitting}, or another local_batch_size."
+            f"training.global_batch_size ({global_batch_size}) must be a multiple of local_batch_size x "
+            f"data ranks ({local_batch_size} x {data_ranks} = {at_once}); use {fitting}, or another "
+            "local_batch_size."
         )
-    return Loader(dataset, global_batch_size, local_batch_size, data_rank, data_ranks, samples_consumed, num_workers)
+    return Loader(
+        dataset,
+        global_batch_size=global_batch_size,
+        local_batch_size=local_batch_size,
+        rank_batch_size=global_batch_size // data_ranks,
+        data_rank=data_rank,
+        samples_consumed=samples_consumed,
+        num_workers=num_workers,
+    )
+
+
+def _steps(first: int, size: int, stride: int) -> Iterator[list[int]]:
+    """The sample numbers of each step. No method of Loader: in a cycle of references, workers outlive their
+    queues, and each is waited for, in vain, for 5 seconds."""
+    while True:
+        yield list(range(first, first + size))
+        first += stride
 
 
 def _microbatches(local_batch_size: int, samples: list[Microbatch]) -> list[Microbatch]:

@@ -2,9 +2,10 @@
 
     [bos] ids of document 0 [eos] [bos] ids of document 1 [eos] ...
 
-The file is a JSON line padded to HEADER_BYTES, then the ids, little-endian, two bytes each when the vocabulary fits
-(four otherwise), so that any process maps it into memory without reading it. It is written under a temporary name and
-renamed when complete: a crash leaves no torn cache, and of several writers the last one wins with the same bytes.
+The file is a JSON line padded to HEADER_BYTES, then the ids, little-endian, two bytes each when the
+vocabulary fits (four otherwise), so that any process maps it into memory without reading it. It is written
+under a temporary name and renamed when complete: a crash leaves no torn cache, and of several writers the
+last one wins with the same bytes.
 """
 
 import json
@@ -39,27 +40,29 @@ class Header:
 def pack(source: Source, tokenizer: Tokenizer, cache_folder: str | Path) -> Path:
     """The path of the stream of source's documents, which is tokenised now unless the cache has it already.
 
-    Memory in use is bounded by BATCH_CHARS and the longest document. A cached file is found by the names, sizes and
-    times of the source's files and the tokenizer's fingerprint. Raises ValueError when there is no text, or when a
-    document cannot be read.
+    Memory in use is bounded by BATCH_CHARS and the longest document. A cached file is found by the names,
+    sizes and times of the source's files and the tokenizer's fingerprint. Raises ValueError when there is no
+    text, a document cannot be read, or the cache cannot be written.
     """
     key = blake2b(f"{FORMAT_VERSION} {tokenizer.fingerprint} {source.identity()}".encode(), digest_size=16)
     path = Path(cache_folder) / f"{key.hexdigest()}.tokens"
-    if read_header(path) is not None:
-        return path
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     try:
-        _write(temporary, source, tokenizer)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        if read_header(path) is not None:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
+        try:
+            _write(temporary, source, tokenizer)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache_folder ({cache_folder}) cannot be used: {error.strerror}.") from None
     return path
 
 
 def read_header(path: Path) -> Header | None:
-    """The header of a stream's file; None when there is no complete file: missing, torn, or something else."""
+    """The header of a stream's file; None when it is missing, torn, or something else."""
     try:
         with open(path, "rb") as file:
             header = Header(**json.loads(file.read(HEADER_BYTES)))
@@ -93,7 +96,13 @@ def _write(path: Path, source: Source, tokenizer: Tokenizer) -> None:
         if num_documents == 0:
             raise ValueError(f"there is no text in the {len(source.files)} file(s) of {source.root}: all are empty.")
         header = Header(
-            num_tokens, num_documents, text_bytes, bytes_per_id, tokenizer.vocab_size, tokenizer.eos_id, digest.hexdigest()
+            num_tokens=num_tokens,
+            num_documents=num_documents,
+            text_bytes=text_bytes,
+            bytes_per_id=bytes_per_id,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+            fingerprint=digest.hexdigest(),
         )
         file.seek(0)
         file.write(json.dumps(asdict(header)).encode().ljust(HEADER_BYTES))

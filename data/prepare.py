@@ -24,7 +24,8 @@ def main(arguments: list[str]) -> None:
     path = pack(build_source(options.dataset, options.path, options.text_key), tokenizer, options.cache_folder)
     header = read_header(path)
     print(f"{header.num_documents:,} documents, {header.text_bytes:,} bytes of text")
-    print(f"{header.num_tokens:,} tokens of {header.vocab_size:,}, {header.text_bytes / header.num_tokens:.2f} bytes a token")
+    bytes_per_token = header.text_bytes / header.num_tokens
+    print(f"{header.num_tokens:,} tokens, {bytes_per_token:.2f} bytes a token; {tokenizer.vocab_size:,} ids")
     print(path)
 
 

@@ -1,7 +1,7 @@
 """Where documents come from: named sources, each a list of files read in one fixed order.
 
-A source is cheap to make (it lists files, and reads none). Iterating it yields the documents, one string each, empty
-ones left out. What a user got wrong is a ValueError of one line.
+A source is cheap to make (it lists files, and reads none). Iterating it yields the documents, one string
+each, empty ones left out. What a user got wrong is a ValueError of one line.
 """
 
 import difflib
@@ -64,19 +64,21 @@ class Source:
                     raise ValueError(f"data.path: {file}:{number} is not JSON: {error.msg}.") from None
                 text = record.get(self.text_key) if isinstance(record, dict) else None
                 if not isinstance(text, str):
-                    found = f"its keys are {', '.join(record)}" if isinstance(record, dict) else "it is no object"
+                    keys = "keys " + ", ".join(record) if isinstance(record, dict) else "no keys: it is no object"
                     raise ValueError(
-                        f'data.path: {file}:{number} has no string under "{self.text_key}" (data.text_key); {found}.'
+                        f'data.path: {file}:{number} has no string under "{self.text_key}" (data.text_key); '
+                        f"it has {keys}."
                     )
                 yield text
 
 
 def build_source(dataset: str, path: str, text_key: str = "text") -> Source:
-    """The source of a name: "python_stdlib" (no path) or "text" (path: a file, a folder, or a glob with `**`).
+    """The source of a name: "python_stdlib" (no path) or "text" (path: a file, folder or glob, also `**`).
 
-    python_stdlib is the source text of the running Python's standard library, about 11 MB, without its tests. text
-    reads UTF-8 files as one document each, and .jsonl files as one document a line, the string under text_key. Files
-    come in the order of their paths; hidden ones (a name that begins with a dot) are left out of folders.
+    python_stdlib is the source text of the running Python's standard library, about 12 MB, without its tests.
+    text reads UTF-8 files as one document each, and .jsonl files as one document a line, the string under
+    text_key. Files come in the order of their paths; hidden ones (a name that begins with a dot) are left out
+    of folders.
     """
     if dataset == "python_stdlib":
         if path:
@@ -104,8 +106,8 @@ def _python_stdlib(text_key: str) -> Source:
         files |= {Path(folder, name) for name in names if name.endswith(".py") and _in_stdlib(name)}
     if not files:
         raise ValueError(
-            f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; use another "
-            'Python, or data.dataset = "text" with a path.'
+            f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; "
+            'use another Python, or data.dataset = "text" with a path.'
         )
     # Skipped are the few files that some versions have outside test/ to be undecodable on purpose.
     return Source(root, files, text_key=text_key, skip_unreadable=True)
@@ -134,4 +136,4 @@ def _text_files(path: str, text_key: str) -> Source:
 def _unreadable(file: Path, error: UnicodeDecodeError | OSError) -> str:
     if isinstance(error, OSError):
         return f"data.path: {file} cannot be read: {error.strerror}."
-    return f"data.path: {file} is not UTF-8 text; convert it, or leave it out with a glob such as folder/**/*.txt."
+    return f"data.path: {file} is not UTF-8 text; convert it, or leave it out by a glob such as dir/**/*.txt."

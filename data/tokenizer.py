@@ -1,8 +1,8 @@
 """Text to token ids and back, by tiktoken: byte-level BPE, so every text round-trips and nothing is unknown.
 
-A tokenizer is three things: the rank of each token's bytes (a lower rank merges first, and is the token's id), the
-regular expression that first splits a text into words (merges never cross them), and the special tokens, whose ids
-stand for no text and which are never made from text.
+A tokenizer is three things: the rank of each token's bytes (a lower rank merges first, and is the token's
+id), the regular expression that first splits a text into words (merges never cross them), and the special
+tokens, whose ids stand for no text and which are never made from text.
 """
 
 import base64
@@ -27,12 +27,22 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_NUM_RANKS = 128_000
 LLAMA3_SPECIALS = [
-    *(BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>"),
-    *("<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
-    *("<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246))),
+    BOS,
+    EOS,
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    "<|image|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 ]
 
-# One call of tiktoken's fails above about a million characters of one kind: its regular expression's stack is full.
+# Above about a million spaces in a row, one call of tiktoken fails: its regular expression's stack is full.
 MAX_PIECE_CHARS = 400_000
 
 
@@ -54,7 +64,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits: equal if and only if two tokenizers make the same ids from every text."""
+        """Hash of all that decides which ids a text becomes: ranks, pattern, special tokens."""
         digest = blake2b(self._pattern.encode(), digest_size=16)
         for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d:%d:%b" % (rank, len(token), token))
@@ -71,10 +81,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of text alone, no bos or eos; the name of a special token in it is text like any other."""
-        return [int(i) for piece in _pieces(text) for i in self._encode_piece(piece)]
+        return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays; pieces of all texts go in parallel (tiktoken drops the GIL)."""
+        """encode() of each text, as uint32 arrays, made in parallel: tiktoken works without the GIL."""
         pieces = [list(_pieces(text)) for text in texts]
         _ = self._encoding  # made once, before threads race for it
         with ThreadPoolExecutor() as pool:
@@ -82,7 +92,7 @@ class Tokenizer:
             return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids; special tokens by name. Ids without text and bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids, special tokens by name; ids without text and bytes that are no UTF-8 as U+FFFD."""
         return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -99,14 +109,15 @@ class Tokenizer:
 
 
 def build_tokenizer(name_or_path: str) -> Tokenizer:
-    """"byte", "bpe_4096", the name of a tiktoken encoding, or a file in tiktoken's format (or a folder with one).
+    """The tokenizer of a name ("byte", "bpe_4096", a tiktoken encoding's) or of a file in tiktoken's format.
 
-    "byte" is the 256 bytes, bos and eos. "bpe_4096" is shipped: exactly 4096 ids, trained on Python source text by
-    scripts/train_tokenizer.py. A file of 128,000 ranks is Llama 3's tokenizer.model and gets its 256 special tokens;
-    any other file gets Llama 3's split pattern, and bos and eos as the two ids after its ranks.
+    "byte" is the 256 bytes, bos and eos. "bpe_4096" is shipped: exactly 4096 ids, trained on Python source
+    text by scripts/train_tokenizer.py. A file of 128,000 ranks is Llama 3's tokenizer.model and gets its 256
+    special tokens; any other file gets Llama 3's split pattern, and bos and eos as the two ids after its
+    ranks. A folder stands for the tokenizer.model in it.
 
-    Raises ValueError, one line, for an unknown name, a file that is missing or no tiktoken file, and for a tiktoken
-    encoding that is not on this machine and cannot be downloaded.
+    Raises ValueError, one line, for an unknown name, a file that is missing or no tiktoken file, and for a
+    tiktoken encoding that is not on this machine and cannot be downloaded.
     """
     if name_or_path == "byte":
         ranks = {bytes([i]): i for i in range(256)}
@@ -129,8 +140,8 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
 def read_ranks(path: Path) -> dict[bytes, int]:
     """A file in tiktoken's format, lines of `base64(token) rank`, as {token: rank}; ranks are 0, 1, 2, ...
 
-    Read here and not by tiktoken.load, which keeps a copy under the file's *name* and would go on with that copy after
-    the file has changed.
+    Read here and not by tiktoken.load, which keeps a copy under the file's *name* and would go on with that
+    copy after the file has changed.
     """
     ranks = {}
     try:
@@ -144,14 +155,14 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}.") from None
     except (ValueError, binascii.Error):
         raise ValueError(
-            f"tokenizer {path}, line {number}: not tiktoken's format, lines of `base64(token) rank` with ranks 0, 1, 2, "
-            "...; SentencePiece models and tokenizer.json are not supported."
+            f"tokenizer {path}, line {number}: not tiktoken's format, lines of `base64(token) rank` with "
+            "ranks 0, 1, 2, ...; SentencePiece models and tokenizer.json are not supported."
         ) from None
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
         raise ValueError(
-            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is {missing[0]}), so not "
-            "every text could be encoded; is the file complete?"
+            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is "
+            f"{missing[0]}), so not every text could be encoded; is the file complete?"
         )
     return ranks
 
@@ -171,11 +182,12 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # all of requests' exceptions are OSErrors; ValueError: a wrong checksum
+    except (OSError, ValueError) as error:  # all of requests' are OSErrors; a wrong checksum is a ValueError
         raise ValueError(
-            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed ({type(error).__name__}); put its '
-            'file into the folder that TIKTOKEN_CACHE_DIR names, or use one that works offline: "bpe_4096", "byte", or '
-            "the path of a file in tiktoken's format."
+            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed '
+            f"({type(error).__name__}); put its file into the folder that TIKTOKEN_CACHE_DIR "
+            "names, or use one that works offline: "
+            '"bpe_4096", "byte", or the path of a file in tiktoken\'s format.'
         ) from None
     # The private names are those of tiktoken's own README, "Extending tiktoken".
     tokenizer = Tokenizer(name, encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
@@ -186,8 +198,9 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
 def _tokenizer_file(folder: Path) -> Path:
     file = folder / "tokenizer.model"
     if not file.is_file():
-        hint = "original/tokenizer.model" if (folder / "original/tokenizer.model").is_file() else "another path"
-        raise ValueError(f"tokenizer {folder} is a folder without a tokenizer.model in it; use {hint}.")
+        original = folder / "original"  # where Hugging Face's copies of Llama 3 have it
+        hint = f"use {original}." if (original / file.name).is_file() else "tokenizer.json is not supported."
+        raise ValueError(f"tokenizer {folder} is a folder without a tokenizer.model in it; {hint}")
     return file
 
 
@@ -197,4 +210,4 @@ def _unknown(name: str, encodings: list[str]) -> str:
     names = ["byte", *SHIPPED, *encodings]
     near = difflib.get_close_matches(name, names, n=1)
     did_you_mean = f' did you mean "{near[0]}"?' if near else ""
-    return f'tokenizer "{name}" is unknown;{did_you_mean} Valid are {", ".join(names)}, and paths of tokenizer files.'
+    return f'tokenizer "{name}" is unknown;{did_you_mean} Valid are {", ".join(names)}, and paths of files.'

@@ -14,11 +14,11 @@ class ModelArgs:
     Raises ValueError for sizes that do not fit together.
     """
 
-    dim: int = _arg(256, "width of the residual stream")
-    n_layers: int = _arg(6, "number of blocks")
+    dim: int = _arg(128, "width of the residual stream")
+    n_layers: int = _arg(4, "number of blocks")
     n_heads: int = _arg(8, "query heads")
     n_kv_heads: int = _arg(4, "key/value heads: n_heads is multi-head attention, 1 multi-query, between them grouped")
-    ffn_dim: int = _arg(768, "hidden width of SwiGLU")
+    ffn_dim: int = _arg(384, "hidden width of SwiGLU")
     vocab_size: int = _arg(4096, "rows of the embedding; at least the tokenizer's number of tokens")
     max_seq_len: int = _arg(8192, "the longest sequence the model is meant for")
     norm_eps: float = _arg(1e-5, "RMSNorm's epsilon")

@@ -11,7 +11,7 @@ _LLAMA3 = dict(vocab_size=128256, max_seq_len=131072, n_kv_heads=8)
 
 FLAVORS: dict[str, ModelArgs] = {
     # Trains on a laptop CPU in minutes; its vocabulary is the tokenizer that is shipped with the repository.
-    "llama3_debug": ModelArgs(dim=256, n_layers=6, n_heads=8, n_kv_heads=4, ffn_dim=768, max_seq_len=2048),
+    "llama3_debug": ModelArgs(dim=128, n_layers=4, n_heads=8, n_kv_heads=4, ffn_dim=384, max_seq_len=2048),
     # GPT-2 small's shape and vocabulary (50,257, padded to a multiple of 64) in Llama's architecture; not published.
     "llama3_125m": ModelArgs(
         dim=768,

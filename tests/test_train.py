@@ -215,9 +215,7 @@ def test_changed_data_is_noticed(text, tmp_path):
 
 def test_an_unexpected_error_keeps_its_traceback(text, tmp_path):
     """Only errors that are raised on purpose are cut to a line: a bug in a library must stay debuggable."""
-    program = (
-        "from training.distributed import clean_exit\nimport json\nwith clean_exit():\n    json.loads('{')\n"
-    )  # JSONDecodeError is a ValueError too
+    program = "from training.distributed import clean_exit\nimport json\nwith clean_exit():\n    json.loads('{')\n"  # JSONDecodeError is a ValueError too
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == 1 and "Traceback" in ended.stderr and "json.decoder" in ended.stderr
     assert json

@@ -1,0 +1,135 @@
+"""Is the trainer as fast as a plain PyTorch loop over the same model? Runs both in turn, and prints a table.
+
+    python scripts/benchmark.py                                  debug and 125M models, 1 and 2 processes, five pairs
+    python scripts/benchmark.py --models llama3_debug --pairs 3 --processes 1
+
+Each run is a process of its own: `train.py` as a user starts it, with its data, FSDP2, gradient norm and logging, against
+`plain_loop` below, which has random tokens, fused AdamW, torch's own clipping, no data, no logging and no FSDP; with 2
+processes it has DistributedDataParallel. Same model, float32, same number of tokens. A run's speed is its median
+step after the warm-up; what counts is the ratio of the two runs of a pair, since a shared machine's speed drifts. The
+start is the time from the command to the first loss, on a warm file cache.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+WARMUP_STEPS = 2
+SHAPES = {  # model: (sequences a process and step, tokens a sequence, steps)
+    "llama3_debug": (8, 256, 22),
+    "llama3_125m": (4, 256, 6),
+}
+
+
+def plain_loop(model_name: str, output: str) -> None:
+    """What the trainer is measured against: nothing but the model's own work. Writes the step times to output."""
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch.nn.parallel import DistributedDataParallel
+
+    from model import Transformer, get_flavor
+    from parallelize import init_weights
+
+    batch, seq_len, steps = SHAPES[model_name]
+    args = get_flavor(model_name)
+    module = model = Transformer(args)
+    init_weights(module, args, seed=0)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        model = DistributedDataParallel(module)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    positions = torch.arange(seq_len).expand(batch, seq_len)
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        tokens = torch.randint(args.vocab_size, (batch, seq_len + 1))
+        logits = model(tokens[:, :-1], positions)
+        loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        del logits
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(output).write_text(json.dumps(seconds))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(kind: str, model: str, processes: int, folder: Path, options: list[str]) -> tuple[float, float]:
+    """One whole process: (tokens a second of all processes, seconds from the command to the first loss)."""
+    batch, seq_len, steps = SHAPES[model]
+    folder.mkdir()
+    if kind == "ours":
+        program = ["train.py", "--model.flavor", model, "--job.device", "cpu", "--job.dump_folder", str(folder),
+                   "--training.steps", str(steps), "--training.seq_len", str(seq_len),
+                   "--training.local_batch_size", str(batch), "--training.mixed_precision_param", "float32",
+                   "--metrics.log_freq", "1", "--data.cache_folder", str(folder.parent / "cache"), *options]  # fmt: skip
+    else:
+        program = [str(Path(__file__).resolve()), "--plain", model, str(folder / "seconds.json")]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    start = time.perf_counter()
+    command = subprocess.Popen(
+        [sys.executable, *launcher, *program], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    first_loss, printed = float("nan"), []
+    for line in command.stdout:
+        printed.append(line)
+        if line.startswith("step") and first_loss != first_loss:
+            first_loss = time.perf_counter() - start
+    if command.wait() != 0:
+        sys.exit("".join(printed))
+    if kind == "ours":
+        seconds = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    else:
+        seconds = json.loads((folder / "seconds.json").read_text())
+    return batch * seq_len * processes / median(seconds[WARMUP_STEPS:]), first_loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--plain", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)  # one run of the other
+    arguments, options = parser.parse_known_args()  # the rest goes to train.py
+    if arguments.plain:
+        plain_loop(*arguments.plain)
+        return
+    print(
+        "| model | processes | against | train.py, tokens/s | plain, tokens/s | ratio (min, median, max) | first loss |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for model in arguments.models:
+        for processes in arguments.processes:
+            with tempfile.TemporaryDirectory() as folder:
+                runs = {"ours": [], "plain": []}
+                for pair in range(arguments.pairs):
+                    # The order alternates too, so that a steady drift favours neither.
+                    for kind in ("ours", "plain") if pair % 2 == 0 else ("plain", "ours"):
+                        runs[kind].append(run(kind, model, processes, Path(folder) / f"{kind}{pair}", options))
+            speeds = {kind: [speed for speed, _ in results] for kind, results in runs.items()}
+            ratios = sorted(a / b for a, b in zip(speeds["ours"], speeds["plain"], strict=True))
+            print(
+                f"| {model} | {processes} | {'a plain loop' if processes == 1 else 'DDP'} | "
+                f"{median(speeds['ours']):,.0f} | {median(speeds['plain']):,.0f} | "
+                f"{ratios[0]:.3f}, **{median(ratios):.3f}**, {ratios[-1]:.3f} | "
+                f"{median(start for _, start in runs['ours']):.1f} s |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""The tokenizers: every text round-trips, files are read strictly, and our trainer agrees with a naive
+BPE.
+"""
+
+import base64
+import random
+from collections import Counter
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import tiktoken
+
+from data import build_tokenizer
+from data.tokenizer import LLAMA3_PATTERN, LLAMA3_SPECIALS, MAX_PIECE_CHARS
+from scripts.train_tokenizer import count_words, train_bpe, write_ranks
+from scripts.train_tokenizer import main as train_main
+
+BYTES = [bytes([i]) for i in range(256)]
+TEXTS = [
+    "",
+    "def f(x):\n    return x + 1\n",
+    "naïve café, 東京 🙂🏽 \u200d ﷽ ",
+    " \t\r\n\r\n   \u00a0 \u2003 x  ",
+    "".join(map(chr, range(256))),
+    "<|end_of_text|><|begin_of_text|><|endoftext|>",
+]
+
+
+@pytest.mark.parametrize("name", ["byte", "bpe_4096"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_round_trip(name, text):
+    """Any text comes back exactly, and special tokens are never made from text."""
+    tokenizer = build_tokenizer(name)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_batch_is_encode():
+    """encode_batch gives what encode gives, also for texts longer than one call of tiktoken can take."""
+    tokenizer = build_tokenizer("bpe_4096")
+    texts = [*TEXTS, " " * 1_200_000, "é" * (MAX_PIECE_CHARS + 1)]
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ids.tolist() == tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+
+
+def test_cut_behind_a_line_changes_nothing():
+    """A long text of lines has the tokens that it has in one piece."""
+    tokenizer = build_tokenizer("bpe_4096")
+    text = "def function(argument):\n    return argument\n" * (MAX_PIECE_CHARS // 30)
+    assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
+
+
+def test_half_a_surrogate_pair():
+    """What is no character (JSON can hold it) becomes U+FFFD, and is no error."""
+    tokenizer = build_tokenizer("byte")
+    assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
+
+
+def test_decode_of_ids_without_text():
+    """Specials decode to their names; ids beyond the vocabulary, as a padded model can sample them, to
+    U+FFFD.
+    """
+    tokenizer = build_tokenizer("byte")
+    assert tokenizer.decode([104, tokenizer.eos_id, 999, 0xFF]) == "h<|end_of_text|>\ufffd\ufffd"
+
+
+def test_shipped_tokenizer():
+    """bpe_4096 has exactly 4096 ids, and makes at least 3 bytes of Python a token."""
+    tokenizer = build_tokenizer("bpe_4096")
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (4096, 4094, 4095)
+    source = Path(base64.__file__).read_text("utf-8")
+    assert len(source.encode()) / len(tokenizer.encode(source)) > 3
+    byte = build_tokenizer("byte")
+    assert (byte.vocab_size, byte.bos_id, byte.eos_id) == (258, 256, 257)
+    assert byte.encode("hi") == [104, 105]
+
+
+def test_llama3_file(tmp_path):
+    """128,000 ranks are Llama 3's: its specials behind them in published order, 128,256 ids; a folder will
+    do.
+    """
+    tokens = BYTES + [b"%06d" % i for i in range(128_000 - 256)]
+    write_ranks(tmp_path / "tokenizer.model", tokens)
+    tokenizer = build_tokenizer(str(tmp_path))
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (128_256, 128_000, 128_001)
+    assert len(set(LLAMA3_SPECIALS)) == 256
+    names = {128_004: "<|finetune_right_pad_id|>", 128_006: "<|start_header_id|>", 128_009: "<|eot_id|>"}
+    assert {i: tokenizer.decode([i]) for i in names} == names
+    assert tokenizer.decode([128_255]) == "<|reserved_special_token_245|>"
+    assert tokenizer.decode(tokenizer.encode("123456 <|eot_id|>")) == "123456 <|eot_id|>"
+
+
+def test_other_file(tmp_path):
+    """Any other file of ranks gets bos and eos as its next ids; the fingerprint tells two files apart."""
+    paths = [tmp_path / "a.tiktoken", tmp_path / "b.tiktoken", tmp_path / "c.tiktoken"]
+    for path, token in zip(paths, [b"ab", b"ab", b"ac"], strict=True):
+        write_ranks(path, [*BYTES, token])
+    a, b, c = (build_tokenizer(str(path)) for path in paths)
+    assert (a.vocab_size, a.bos_id, a.eos_id) == (259, 257, 258)
+    assert a.encode("ab ac") == [256, 32, 97, 99]
+    assert a.fingerprint == b.fingerprint != c.fingerprint
+    # A file that changed under its name is read again.
+    write_ranks(paths[0], [*BYTES, b"ac"])
+    assert build_tokenizer(str(paths[0])).fingerprint == c.fingerprint
+
+
+def test_tiktoken_encoding(monkeypatch):
+    """A named encoding keeps its ids and its end of text, and has no bos where it has none."""
+    encoding = tiktoken.Encoding(
+        "gpt2",
+        pat_str=LLAMA3_PATTERN,
+        mergeable_ranks={token: i for i, token in enumerate([*BYTES, b"he"])},
+        special_tokens={"<|endoftext|>": 300},
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    tokenizer = build_tokenizer("gpt2")
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (
+        "gpt2",
+        301,
+        None,
+        300,
+    )
+    assert tokenizer.encode("hex") == [256, 120]
+
+
+def test_offline(monkeypatch, tmp_path):
+    """An encoding that cannot be downloaded is one clear line that names what works offline."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    for scheme in ("http", "https", "all"):
+        monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
+    with pytest.raises(
+        ValueError, match=r'^tokenizer "r50k_base" is downloaded .* use one that works offline: "bpe_4096"'
+    ):
+        build_tokenizer("r50k_base")
+
+
+def error_of(name) -> str:
+    with pytest.raises(ValueError) as error:
+        build_tokenizer(str(name))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_errors(tmp_path):
+    """A wrong name or file is one line with what is wrong and what is valid."""
+    assert 'did you mean "bpe_4096"? Valid are byte, bpe_4096, gpt2' in error_of("bpe_4069")
+    assert "no such file" in error_of(tmp_path / "none.model")
+    assert "a folder without a tokenizer.model" in error_of(tmp_path)
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original/tokenizer.model").touch()
+    assert f"use {tmp_path}/original." in error_of(tmp_path)
+    for content in (b"\x0a\x0e\x0a\x05", b'{"model": 1}\n', b"YQ== 0\nYQ== 1\n", b"YQ== 7\n", b"YQ= 0\n"):
+        (tmp_path / "bad.model").write_bytes(content)
+        assert "not tiktoken's format" in error_of(tmp_path / "bad.model")
+    (tmp_path / "bad.model").write_bytes(b"YQ== 0\n")
+    assert "255 of the 256 single bytes have no rank (the first is 0)" in error_of(tmp_path / "bad.model")
+
+
+def naive_bpe(words: Counter, num_tokens: int) -> list[bytes]:
+    """By definition: encode every word with the tokens there are, count neighbours, add the most frequent,
+    repeat.
+    """
+    tokens = list(BYTES)
+    while len(tokens) < num_tokens:
+        encoding = tiktoken.Encoding(
+            "naive",
+            pat_str=r"(?s:.+)",
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens={},
+        )
+        counts = Counter()
+        for word, frequency in words.items():
+            parts = [tokens[i] for i in encoding._encode_single_piece(word)]
+            for left, right in pairwise(parts):
+                counts[left + right] += frequency
+        tokens.append(min(counts, key=lambda token: (-counts[token], token)))
+    return tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_trainer_equals_naive_bpe(seed):
+    """The incremental trainer finds the same tokens, in the same order, as counting everything at each
+    step.
+    """
+    rng = random.Random(seed)
+    # Few letters and long words: many ties, overlaps ("aaaa") and tokens that two different pairs make.
+    words = ["".join(rng.choices("aab", k=rng.randint(1, 14))) for _ in range(60)]
+    words = count_words([" ".join(words), "naïve 東京 東京\n\n    indent"])
+    assert train_bpe(words, 340) == naive_bpe(words, 340)
+
+
+def test_train_script(tmp_path):
+    """From text to a tokenizer of exactly --vocab_size ids; too large a one says what the text can give."""
+    (tmp_path / "a.txt").write_text("the theme of the thesis\n" * 9)
+    output = tmp_path / "out.tiktoken"
+    options = ["--dataset", "text", "--path", str(tmp_path / "a.txt"), "--output", str(output)]
+    train_main([*options, "--vocab_size", "262"])
+    tokenizer = build_tokenizer(str(output))
+    assert tokenizer.vocab_size == 262
+    assert b"the" in tokenizer._ranks and len(tokenizer.encode(" the")) < 4
+    with pytest.raises(ValueError, match=r"gives \d+ tokens at most, not 4094"):
+        train_main([*options, "--vocab_size", "4096"])
+    with pytest.raises(ValueError, match="must be at least 258"):
+        train_main([*options, "--vocab_size", "200"])
