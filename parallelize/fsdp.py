@@ -18,6 +18,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from parallelize.gloo import use_direct_messages
+
 
 def apply_fsdp(
     model: nn.Module,
@@ -30,6 +32,8 @@ def apply_fsdp(
 ) -> None:
     """Shards model in place over mesh: (fsdp) or (dp_replicate, fsdp). Weights keep their dtype between steps; compute
     is in param_dtype, gradients are summed in reduce_dtype."""
+    if mesh.size() == 1 and not cpu_offload and all(p.dtype == param_dtype for p in model.parameters()):
+        return  # one rank that casts and moves nothing: FSDP would only copy each weight before its use
     policy = dict(
         mesh=mesh,
         # Inputs keep their dtype: the stream follows the weights' dtype by itself, and RoPE must stay float32.
@@ -52,6 +56,8 @@ def apply_fsdp(
             # recurses, and gloo has no pre-multiplied sum to fall back on.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            if mesh.device_type == "cpu" and mesh.size(-1) > 1:
+                use_direct_messages(module)
 
 
 def set_last_microbatch(model: nn.Module, is_last: bool) -> None:

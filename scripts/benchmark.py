@@ -3,11 +3,14 @@
     python scripts/benchmark.py                                  debug and 125M models, 1 and 2 processes, five pairs
     python scripts/benchmark.py --models llama3_debug --pairs 3 --processes 1
 
-Each run is a process of its own: `train.py` as a user starts it, with its data, FSDP2, gradient norm and logging, against
-`plain_loop` below, which has random tokens, fused AdamW, torch's own clipping, no data, no logging and no FSDP; with 2
-processes it has DistributedDataParallel. Same model, float32, same number of tokens. A run's speed is its median
-step after the warm-up; what counts is the ratio of the two runs of a pair, since a shared machine's speed drifts. The
-start is the time from the command to the first loss, on a warm file cache.
+Each run is a process of its own: `train.py` as a user starts it, with its data, FSDP2, gradient norm and logging,
+against `plain_loop` below, which has random tokens, fused AdamW, torch's own clipping, no data, no logging and no FSDP;
+with 2 processes it has DistributedDataParallel. Same model, float32, same number of tokens. As DDP keeps all weights,
+FSDP2 does too (fsdp_reshard_after_forward "never"). A run's speed is its median step after the warm-up; what counts is
+the ratio of the two runs of a pair, since a shared machine's speed drifts. "first loss" is the time from the command to
+the first loss, its step included. Other arguments go to train.py.
+
+--plain_keeps_memory gives the plain loop the trainer's setting of malloc, which is worth 10 to 20 % by itself.
 """
 
 import argparse
@@ -66,7 +69,9 @@ def plain_loop(model_name: str, output: str) -> None:
         dist.destroy_process_group()
 
 
-def run(kind: str, model: str, processes: int, folder: Path, options: list[str]) -> tuple[float, float]:
+def run(
+    kind: str, model: str, processes: int, folder: Path, options: list[str], keeps_memory: bool
+) -> tuple[float, float]:
     """One whole process: (tokens a second of all processes, seconds from the command to the first loss)."""
     batch, seq_len, steps = SHAPES[model]
     folder.mkdir()
@@ -74,11 +79,14 @@ def run(kind: str, model: str, processes: int, folder: Path, options: list[str])
         program = ["train.py", "--model.flavor", model, "--job.device", "cpu", "--job.dump_folder", str(folder),
                    "--training.steps", str(steps), "--training.seq_len", str(seq_len),
                    "--training.local_batch_size", str(batch), "--training.mixed_precision_param", "float32",
-                   "--metrics.log_freq", "1", "--data.cache_folder", str(folder.parent / "cache"), *options]  # fmt: skip
+                   "--parallelism.fsdp_reshard_after_forward", "never", "--metrics.log_freq", "1",
+                   "--data.cache_folder", str(folder.parent / "cache"), *options]  # fmt: skip
     else:
         program = [str(Path(__file__).resolve()), "--plain", model, str(folder / "seconds.json")]
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if kind == "plain" and keeps_memory:
+        environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
     start = time.perf_counter()
     command = subprocess.Popen(
         [sys.executable, *launcher, *program], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
@@ -103,6 +111,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--plain_keeps_memory", action="store_true")
     parser.add_argument("--plain", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)  # one run of the other
     arguments, options = parser.parse_known_args()  # the rest goes to train.py
     if arguments.plain:
@@ -119,7 +128,8 @@ def main() -> None:
                 for pair in range(arguments.pairs):
                     # The order alternates too, so that a steady drift favours neither.
                     for kind in ("ours", "plain") if pair % 2 == 0 else ("plain", "ours"):
-                        runs[kind].append(run(kind, model, processes, Path(folder) / f"{kind}{pair}", options))
+                        where = Path(folder) / f"{kind}{pair}"
+                        runs[kind].append(run(kind, model, processes, where, options, arguments.plain_keeps_memory))
             speeds = {kind: [speed for speed, _ in results] for kind, results in runs.items()}
             ratios = sorted(a / b for a, b in zip(speeds["ours"], speeds["plain"], strict=True))
             print(

@@ -25,7 +25,7 @@ def test_command_line_over_file_over_defaults(tmp_path):
 
 
 def test_values_on_the_command_line_are_toml():
-    """Booleans are true and false, lists are lists, a bare word is a string, and a number is one where text is asked."""
+    """Booleans are true and false, lists lists, a bare word is a string, and so is a number where text is asked."""
     config = load_config(
         "--checkpoint.enable true --optimizer.betas [0.5,0.6] --data.path 2024 --job.description hello "
         "--model.dim 64 --checkpoint.load_step -1 --job.dump_folder='a_b'".replace("'", "").split()

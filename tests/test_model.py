@@ -101,7 +101,7 @@ def test_positions_are_read_and_relative():
 
 
 def test_rope_turns_each_pair_by_its_angle():
-    """Channels (2i, 2i+1), as a complex number, are multiplied by exp(i position / theta^(2i/d)); in float32 at least."""
+    """Channels (2i, 2i+1), as a complex number, are multiplied by exp(i position / theta^(2i/d)), in float32."""
     args = ModelArgs(**SMALL, rope_theta=10000.0)
     x = torch.randn(1, 5, 3, args.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 7, 100, 3]])
