@@ -51,7 +51,12 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
-        if args.tie_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the head's weight the embedding's, if they are to be one. Moving a model off meta (`to_empty`) unties
+        them, so this is called again after it."""
+        if self.args.tie_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:

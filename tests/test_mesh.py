@@ -125,9 +125,10 @@ def _initial_weights(shape: dict):
     args = ModelArgs(**shape)
     with torch.device("meta"):
         model = Transformer(args)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for block in model.layers.values():
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     model.to_empty(device="cpu")
     init_weights(model, args, seed=3)
     return {name: p.full_tensor() for name, p in model.named_parameters()}

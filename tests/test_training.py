@@ -33,7 +33,7 @@ def test_cosine_from_the_warmup_on():
     rates = schedule(decay_ratio=1.0, decay_type="cosine")
     assert rates[10] == 2.0 and rates[55] == pytest.approx(2.0 * 0.55)
     assert rates[32] == pytest.approx(2.0 * (0.1 + 0.9 * (1 + math.cos(math.pi * 22 / 90)) / 2))
-    assert all(a > b for a, b in itertools.pairwise(rates))
+    assert all(a > b for a, b in itertools.pairwise(rates[10:]))
 
 
 def test_sqrt_and_constant():
