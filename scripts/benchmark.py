@@ -25,10 +25,10 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-WARMUP_STEPS = 2
+WARMUP_STEPS = 1
 SHAPES = {  # model: (sequences a process and step, tokens a sequence, steps)
-    "llama3_debug": (8, 256, 22),
-    "llama3_125m": (4, 256, 6),
+    "llama3_debug": (8, 256, 16),
+    "llama3_125m": (4, 256, 4),
 }
 
 

@@ -14,5 +14,7 @@ esac
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 case " $* " in *" --job.device cpu "* | *" --job.device=cpu "*) gpus=0 ;; esac
 nproc=${NPROC:-$((gpus > 0 ? gpus : 2))}
+# torchrun would give each process one thread, and say so.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(($(getconf _NPROCESSORS_ONLN) / nproc > 0 ? $(getconf _NPROCESSORS_ONLN) / nproc : 1))}
 
 exec torchrun --standalone --nproc_per_node="$nproc" train.py "${recipe[@]}" "$@"
