@@ -23,7 +23,13 @@ from config import Config, load_config, save_config
 from data import build_dataset, build_loader, build_tokenizer
 from model import Transformer, flops_per_token, get_flavor, num_params
 from parallelize import Degrees, build_mesh, init_weights, parallelize, set_last_microbatch
-from training.distributed import clean_exit, first_on_each_machine, init_distributed, set_determinism
+from training.distributed import (
+    clean_exit,
+    first_on_each_machine,
+    init_distributed,
+    require_equal_on_all_ranks,
+    set_determinism,
+)
 from training.loss import count_valid_tokens, cross_entropy_sum, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
@@ -55,6 +61,8 @@ def main(config: Config) -> None:
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
+    order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len}"
+    require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=order_of_data)
     global_batch_size = training.global_batch_size
     if global_batch_size == -1:
         global_batch_size = training.local_batch_size * mesh.batch_size
@@ -102,8 +110,8 @@ def main(config: Config) -> None:
     if resumed is not None:
         step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
         log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
-        if resumed["data_fingerprint"] != dataset.fingerprint:
-            log("warning: the data or tokenizer is not that checkpoint's; sample numbers go on in the new data")
+        if resumed["order_of_data"] != order_of_data:
+            log("warning: data, tokenizer, seed or seq_len is not that checkpoint's; samples go on in the new order")
 
     loader = build_loader(
         dataset,
@@ -129,7 +137,7 @@ def main(config: Config) -> None:
         save_config(config, os.path.join(config.job.dump_folder, "config.toml"))
     log(
         f"{config.model.flavor}: {num_params(model_args):,} parameters on {dist.get_world_size()} x {device.type}, "
-        f"{mesh.degrees}; {global_batch_size} sequences of {training.seq_len} tokens a step; "
+        f"layout {mesh.degrees}; {global_batch_size} sequences of {training.seq_len} tokens a step; "
         f"set up in {time.perf_counter() - STARTED:.1f} s"
     )
 
@@ -174,7 +182,7 @@ def main(config: Config) -> None:
             is_last=step == training.steps,
             tokens_seen=tokens_seen,
             samples_consumed=loader.samples_consumed,
-            data_fingerprint=dataset.fingerprint,
+            order_of_data=order_of_data,
         )
     metrics.close()
 

@@ -26,7 +26,7 @@ Other views of the same ranks, in the same order:
                                            borrows ranks, it adds none
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from math import prod
 
@@ -68,6 +68,9 @@ class Degrees:
                 f"{[n for n in range(1, experts + 1) if experts % n == 0]}."
             )
         return Degrees(**values, ep=self.ep)
+
+    def __str__(self) -> str:
+        return " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1) or "1"
 
     def _suggest(self, world_size: int) -> str:
         """Up to three layouts of world_size ranks that differ from this one on as few axes, as little as can be."""

@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import run_ranks
 
 from model import ModelArgs, Transformer
+from training.distributed import init_distributed, require_equal_on_all_ranks
 from training.loss import IGNORE_INDEX, cross_entropy_sum
 from training.lr_schedule import learning_rate
 from training.metrics import PEAK_FLOPS
@@ -103,6 +106,20 @@ def test_norm_of_bfloat16_gradients_is_not_rounded():
     p = torch.nn.Parameter(torch.ones(1000, 1003, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
     assert clip_grad_norm([p], 0.0, torch.device("cpu")) == pytest.approx(math.sqrt(1003000), rel=1e-6)
+
+
+def _refused_difference():
+    init_distributed("cpu", 60)
+    require_equal_on_all_ranks(data="the same")
+    with pytest.raises(ValueError) as error:
+        require_equal_on_all_ranks(configuration="the same", data=f"from machine {dist.get_rank()}")
+    return str(error.value)
+
+
+def test_ranks_that_read_different_things_are_refused():
+    """Machines whose files or options differ end with an error on every rank instead of training on a mixture."""
+    messages = run_ranks(2, _refused_difference)
+    assert messages[0] == "data differs between ranks: 0 and [1]; give all the same."
 
 
 def test_peak_flops_finds_the_most_exact_name():

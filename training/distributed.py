@@ -80,6 +80,17 @@ def first_on_each_machine() -> Iterator[None]:
         dist.barrier()
 
 
+def require_equal_on_all_ranks(**values: str) -> None:
+    """ValueError unless every rank has the same text under each name: machines may differ in their files, and a run
+    whose ranks read different things would go on in silence. A collective."""
+    everywhere = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, values)
+    for name, value in values.items():
+        others = [r for r, theirs in enumerate(everywhere) if theirs[name] != value]
+        if others:
+            raise ValueError(f"{name} differs between ranks: {dist.get_rank()} and {others}; give all the same.")
+
+
 @contextmanager
 def clean_exit() -> Iterator[None]:
     """Ends the process group, and turns an error that this project raised on purpose, or one of the file system, into
@@ -107,4 +118,5 @@ def clean_exit() -> Iterator[None]:
 def _raised_here(error: BaseException) -> bool:
     """Whether the raise statement stands in this repository, and not in a library."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return Path(frame.f_code.co_filename).resolve().is_relative_to(REPOSITORY)
+    path = Path(frame.f_code.co_filename).resolve()
+    return path.is_relative_to(REPOSITORY) and "site-packages" not in path.parts  # .venv may be in the clone
