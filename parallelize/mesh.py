@@ -56,7 +56,7 @@ class Degrees:
         if values["dp_shard"] == -1 and world_size % others == 0:
             values["dp_shard"] = world_size // others
         if others * values["dp_shard"] != world_size:
-            given = " x ".join(f"{_option(a)} {n}" for a, n in values.items() if n != 1)
+            given = " x ".join(f"{_option(a)} {n}" for a, n in values.items() if n not in (1, -1))
             raise ValueError(
                 f"{given} does not multiply to the number of ranks ({world_size}); these would fit: "
                 f"{self._suggest(world_size)}."

@@ -33,7 +33,7 @@ def test_shard_degree_takes_the_rest(degrees, world_size, resolved):
 @pytest.mark.parametrize(
     "degrees, world_size, parts",
     [
-        (Degrees(dp_replicate=3), 8, ["data_parallel_replicate_degree 3", "(8)", "data_parallel_replicate_degree 2 x"]),
+        (Degrees(dp_replicate=3), 8, ["data_parallel_replicate_degree 3 does not", "(8)", "_replicate_degree 2 x"]),
         (Degrees(dp_shard=16), 8, ["data_parallel_shard_degree 16", "(8)", "data_parallel_shard_degree 8"]),
         (Degrees(dp_shard=2, tp=2), 8, ["data_parallel_shard_degree 2 x tensor_parallel_degree 2", "(8)",
                                         "tensor_parallel_degree 2 x data_parallel_shard_degree 4"]),

@@ -18,12 +18,14 @@ def test_recipe_is_sound(recipe):
     """It parses, its layout and batch fit the machine that its command names, and its model can be built."""
     config = load_config(["--job.config_file", str(recipe)])
     text = recipe.read_text()
-    ranks = int(text.split("--nproc_per_node=")[1].split()[0]) if "--nproc_per_node=" in text else 2
+    # A recipe that names no number of processes must do for any machine.
+    named = "--nproc_per_node=" in text
     p, t = config.parallelism, config.training
-    degrees = Degrees(dp_replicate=p.data_parallel_replicate_degree, dp_shard=p.data_parallel_shard_degree)
-    degrees = degrees.resolve(ranks)
-    if t.global_batch_size != -1:
-        assert t.global_batch_size % (t.local_batch_size * degrees.dp_replicate * degrees.dp_shard) == 0
+    for ranks in [int(text.split("--nproc_per_node=")[1].split()[0])] if named else range(1, 17):
+        degrees = Degrees(dp_replicate=p.data_parallel_replicate_degree, dp_shard=p.data_parallel_shard_degree)
+        degrees = degrees.resolve(ranks)
+        if t.global_batch_size != -1:
+            assert t.global_batch_size % (t.local_batch_size * degrees.dp_replicate * degrees.dp_shard) == 0, ranks
     overrides = {k: v for k, v in vars(config.model).items() if k != "flavor" and v is not None}
     args = replace(get_flavor(config.model.flavor), **overrides)
     assert t.seq_len <= args.max_seq_len
