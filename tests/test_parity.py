@@ -5,7 +5,13 @@ In float64, so that nothing hides in rounding: agreement is near 1e-13, and 1e-9
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
 from runs import options, series, train_on, write_ragged_text
+
+from model import ModelArgs, Transformer
+from parallelize import Degrees, build_mesh, parallelize
+from training.distributed import init_distributed
 
 REPLICATE, SHARD = "parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"
 LAYOUTS = {  # name: (ranks, options)
@@ -102,6 +108,24 @@ def test_mixed_precision_follows_full_precision(text, tmp_path):
     assert series(runs[1], "loss") != series(runs[0], "loss")
     kept = [*runs[1]["weights"].values(), *runs[1]["gradients"][0].values()]
     assert all(tensor.dtype == torch.float32 for tensor in kept)
+
+
+def _dtypes_under_mixed_precision():
+    init_distributed("cpu", 60)
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+    model = Transformer(args)
+    mesh = build_mesh(Degrees(), "cpu", dist.get_world_size())
+    options = dict(reduce_dtype=torch.float32, reshard_after_forward=True, cpu_offload=False)
+    parallelize(model, mesh, param_dtype=torch.bfloat16, **options)
+    seen = []
+    model.layers["1"].attention.register_forward_pre_hook(lambda _, inputs: seen.append([x.dtype for x in inputs]))
+    model(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)[None])
+    return seen
+
+
+def test_rope_stays_float32_under_mixed_precision():
+    """FSDP casts weights to bfloat16, and the stream follows, but not the cosines and sines of RoPE."""
+    assert run_ranks(2, _dtypes_under_mixed_precision)[0] == [[torch.bfloat16, torch.float32, torch.float32]]
 
 
 def test_same_start_on_any_number_of_ranks(text, tmp_path):
