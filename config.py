@@ -1,28 +1,12 @@
-"""Every option, in one place: `--section.key value` on the command line over a strict TOML file over the defaults.
+"""Every option, in one place: `--section.key value` on the command line over a strict TOML file over the defaults."""
 
-Nothing is guessed and nothing ignored: an unknown section or key, a value of the wrong type or out of range is a
-ValueError of one line that says where, what was expected and what was given.
-"""
-
-import os
-import sys
-from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
-from difflib import get_close_matches
-from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields, make_dataclass
+from typing import Literal
 
 from model.args import ModelArgs
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from options import option, read_options
 
 DType = Literal["float32", "bfloat16", "float64"]
-
-
-def option(default: Any, help: str, at_least: float | None = None, at_most: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
 
 
 @dataclass
@@ -54,6 +38,7 @@ class Training:
     mixed_precision_param: DType = option("bfloat16", "weights are cast to this for forward and backward")
     mixed_precision_reduce: DType = option("float32", "gradients are summed over ranks in this")
     enable_cpu_offload: bool = option(False, "keep weights and optimizer state in CPU memory, update them there")
+    loss_chunk_size: int = option(2048, "tokens whose logits exist at a time, to save memory; 0: all", 0)
 
 
 @dataclass
@@ -83,6 +68,47 @@ class Parallelism:
     fsdp_reshard_after_forward: Literal["always", "never"] = option(
         "always", "free a block's gathered weights after forward; never: faster, keeps all weights through the step"
     )
+    tensor_parallel_degree: int = option(1, "ways each weight is cut, and between blocks the sequence", 1)
+    enable_async_tensor_parallel: bool = option(False, "overlap its collectives with matmuls (CUDA, compile)")
+    context_parallel_degree: int = option(1, "ways each sequence is cut", 1)
+    context_parallel_method: Literal["allgather", "alltoall"] = option(
+        "allgather", "gather keys and values; or exchange heads for tokens (Ulysses)"
+    )
+    pipeline_parallel_degree: int = option(1, "ranks that share the layers, one after another", 1)
+    pipeline_parallel_schedule: Literal[
+        "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"
+    ] = option("1F1B", "order of the microbatches' forwards and backwards, see parallelize/pipeline.py")
+    pipeline_parallel_microbatch_size: int = option(1, "sequences of a local batch that go through at a time", 1)
+    pipeline_parallel_stages_per_rank: int = option(0, "0: 1, or 2 where the schedule interleaves", 0)
+
+
+@dataclass
+class ActivationCheckpoint:
+    mode: Literal["none", "full", "selective", "memory_budget"] = option(
+        "none", "what backward recomputes: nothing; every block; see selective_option; what the compiler finds cheap"
+    )
+    selective_option: str = option(
+        "op", '"op" keeps what is dear to recompute; a number n: every n-th block is recomputed'
+    )
+    memory_budget: float = option(0.5, "memory_budget: the part of the activations that may be kept", 0, 1)
+
+
+@dataclass
+class Compile:
+    enable: bool = option(False, "compile each block and the loss")
+    backend: str = option("inductor", "torch.compile's backend")
+
+
+@dataclass
+class Float8:
+    enable: bool = option(False, "matmuls of the blocks' linear layers in float8 (torchao)")
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = option(
+        "tensorwise", "a scale per tensor, or per row"
+    )
+    skip: str = option("", "linear layers that stay as they are: comma-separated patterns, as in layers.0.*,*.wk")
+    min_dim: int = option(0, "linear layers with fewer input or output channels stay as they are", 0)
+    enable_fsdp_float8_all_gather: bool = option(False, "FSDP gathers weights in float8 (tensorwise)")
+    emulate: bool = option(False, "compute in float32 what float8 hardware would: for tests")
 
 
 @dataclass
@@ -124,32 +150,19 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
     lr_scheduler: LRScheduler = field(default_factory=LRScheduler)
     parallelism: Parallelism = field(default_factory=Parallelism)
+    activation_checkpoint: ActivationCheckpoint = field(default_factory=ActivationCheckpoint)
+    compile: Compile = field(default_factory=Compile)
+    float8: Float8 = field(default_factory=Float8)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     data: Data = field(default_factory=Data)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
 
 
-# ------------------------------------------------------------------------------------------------- reading
-
-
 def load_config(argv: list[str]) -> Config:
     """The configuration that a command line asks for. ValueError, in one line, for whatever is wrong with it."""
-    given = _parse_command_line(argv)
     config = Config()
-    config_file = given.get("job.config_file")
-    if config_file is not None:
-        for section, table in _read_toml(config_file).items():
-            if not is_dataclass(getattr(config, section, None)):
-                raise ValueError(f"{config_file}: [{section}] is not a section; {_nearest(section, _sections())}")
-            if not isinstance(table, dict):
-                raise ValueError(f"{config_file}: {section} is a section, so write [{section}] and its keys below.")
-            for key, value in table.items():
-                if (section, key) == ("job", "config_file"):
-                    raise ValueError(f"{config_file}: job.config_file belongs on the command line.")
-                _set(config, f"{section}.{key}", value, where=f"{config_file}: ")
-    for name, text in given.items():
-        _set(config, name, text, where="--", is_text=True)
+    read_options(config, argv)
     _check(config)
     return config
 
@@ -164,153 +177,51 @@ def _check(config: Config) -> None:
         raise ValueError(
             f"optimizer.betas: expected two numbers from 0 to below 1, given {list(config.optimizer.betas)}."
         )
-    if config.checkpoint.load_step != -1 and not config.checkpoint.enable:
-        raise ValueError("checkpoint.load_step has no effect without checkpoint.enable; add --checkpoint.enable true.")
-
-
-def _parse_command_line(argv: list[str]) -> dict[str, str]:
-    given, rest = {}, list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument in ("-h", "--help"):
-            print(help_text())
-            sys.exit(0)
-        if not argument.startswith("--"):
-            raise ValueError(f'"{argument}" is not an option; options are written --section.key value.')
-        name, equals, text = argument[2:].partition("=")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{name} needs a value: --{name} VALUE.")
-            text = rest.pop(0)
-        given[name] = text
-    return given
-
-
-def _read_toml(path: str) -> dict[str, Any]:
-    try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ValueError(f"job.config_file: cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}.") from None
-
-
-def _sections() -> list[str]:
-    return [f.name for f in fields(Config)]
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
-
-
-def _set(config: Config, name: str, value: Any, where: str, is_text: bool = False) -> None:
-    section, _, key = name.partition(".")
-    table = getattr(config, section, None) if section in _sections() else None
-    known = {f.name: f for f in fields(table)} if table else {}
-    if key not in known:
-        names = [f"{section}.{key}" for key in known] if table else [n for n, *_ in _options()]
-        near = get_close_matches(name, names, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all of them."
-        raise ValueError(f"{where}{name} is not an option; {hint}")
-    kind = get_type_hints(type(table))[key]
-    if is_text:
-        value = _from_text(value, kind)
-    value = _checked(value, kind, f"{where}{name}")
-    at_least, at_most = (known[key].metadata.get(bound) for bound in ("at_least", "at_most"))
-    if at_least is not None and value < at_least:
-        raise ValueError(f"{where}{name}: expected at least {at_least}, given {value}.")
-    if at_most is not None and value > at_most:
-        raise ValueError(f"{where}{name}: expected at most {at_most}, given {value}.")
-    setattr(table, key, value)
-
-
-def _from_text(text: str, kind: Any) -> Any:
-    """A value as written in TOML; what is not TOML is a bare word, and so is anything where text is expected."""
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value if isinstance(value, str) or not _accepts_text(kind) else text
-
-
-def _accepts_text(kind: Any) -> bool:
-    return kind is str or get_origin(kind) is Literal or any(_accepts_text(k) for k in get_args(kind) if k is not kind)
-
-
-def _checked(value: Any, kind: Any, where: str) -> Any:
-    """value as `kind`, or ValueError. TOML's integers pass for floats; nothing else is converted."""
-    if get_origin(kind) is UnionType:
-        (kind,) = (k for k in get_args(kind) if k is not NoneType)
-        return _checked(value, kind, where)
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-    elif get_origin(kind) is tuple:
-        if isinstance(value, list) and len(value) == len(get_args(kind)):
-            return tuple(_checked(v, k, where) for v, k in zip(value, get_args(kind), strict=True))
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is kind:
-        return value
-    given = (
-        to_toml(value) if isinstance(value, str | bool | int | float | list) else f"{value} ({type(value).__name__})"
-    )
-    raise ValueError(f"{where}: expected {type_name(kind)}, given {given}.")
-
-
-# ------------------------------------------------------------------------------------------------- writing
-
-
-def type_name(kind: Any) -> str:
-    if get_origin(kind) is UnionType:
-        return " | ".join(type_name(k) for k in get_args(kind) if k is not NoneType)
-    if get_origin(kind) is Literal:
-        return " | ".join(f'"{choice}"' for choice in get_args(kind))
-    if get_origin(kind) is tuple:
-        return f"[{', '.join(type_name(k) for k in get_args(kind))}]"
-    return {str: "string", int: "integer", float: "number", bool: "true | false"}[kind]
-
-
-def _options() -> list[tuple[str, Any, Any, str]]:
-    """(name, type, default, help) of every option."""
-    rows = []
-    for section in fields(Config):
-        table = section.default_factory
-        hints = get_type_hints(table)
-        rows += [(f"{section.name}.{f.name}", hints[f.name], f.default, f.metadata["help"]) for f in fields(table)]
-    return rows
-
-
-def help_text() -> str:
-    lines = ["torchrun --nproc_per_node=N train.py --job.config_file FILE.toml [--section.key value ...]", ""]
-    for name, kind, default, text in _options():
-        shown = "none" if default is None else to_toml(default)
-        lines += [f"  --{name}  {type_name(kind)}  (default {shown})", f"      {text}"]
-    return "\n".join(lines)
-
-
-def to_toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08X}" for c in escaped) + '"'
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(to_toml(v) for v in value)}]"
-    return repr(value)
-
-
-def save_config(config: Config, path: str) -> None:
-    """Writes every option, so that running from that file repeats the run even if a default changes."""
-    lines = []
-    for section in fields(Config):
-        lines.append(f"[{section.name}]")
-        for key, value in vars(getattr(config, section.name)).items():
-            if value is not None and (section.name, key) != ("job", "config_file"):
-                lines.append(f"{key} = {to_toml(value)}")
-        lines.append("")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines))
+    p, recompute = config.parallelism, config.activation_checkpoint
+    for option_name, takes_effect, needed in (
+        ("checkpoint.load_step", config.checkpoint.enable, "checkpoint.enable true"),
+        ("parallelism.context_parallel_method", p.context_parallel_degree > 1, "parallelism.context_parallel_degree 2"),
+        *(
+            (
+                f"parallelism.pipeline_parallel_{key}",
+                p.pipeline_parallel_degree > 1,
+                "parallelism.pipeline_parallel_degree 2",
+            )
+            for key in ("schedule", "microbatch_size", "stages_per_rank")
+        ),
+        (
+            "parallelism.enable_async_tensor_parallel",
+            p.tensor_parallel_degree > 1,
+            "parallelism.tensor_parallel_degree 2",
+        ),
+        ("parallelism.enable_async_tensor_parallel", config.compile.enable, "compile.enable true"),
+        (
+            "activation_checkpoint.selective_option",
+            recompute.mode == "selective",
+            "activation_checkpoint.mode selective",
+        ),
+        (
+            "activation_checkpoint.memory_budget",
+            recompute.mode == "memory_budget",
+            "activation_checkpoint.mode memory_budget",
+        ),
+        ("compile.backend", config.compile.enable, "compile.enable true"),
+        *((f"float8.{f.name}", config.float8.enable, "float8.enable true") for f in fields(Float8)),
+    ):
+        section, key = option_name.split(".")
+        table = getattr(config, section)
+        if not takes_effect and getattr(table, key) != getattr(type(table)(), key):
+            raise ValueError(f"{option_name} has no effect without {needed}; add --{needed}.")
+    if recompute.mode == "memory_budget" and not config.compile.enable:
+        raise ValueError('activation_checkpoint.mode "memory_budget" is the compiler\'s; add --compile.enable true.')
+    if p.pipeline_parallel_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
+        # They run a block's backward twice, once for its input and once for its weights.
+        for name, is_on in (
+            ("activation_checkpoint.mode", recompute.mode != "none"),
+            ("compile.enable", config.compile.enable),
+        ):
+            if is_on:
+                raise ValueError(
+                    f"{name} does not fit {p.pipeline_parallel_schedule}, which splits each block's backward in two: "
+                    "each part would recompute it; use Interleaved1F1B, or leave it out."
+                )

@@ -19,10 +19,24 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import CheckpointManager
-from config import Config, load_config, save_config
+from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
-from model import Transformer, flops_per_token, get_flavor, num_params
-from parallelize import Degrees, build_mesh, init_weights, parallelize, set_last_microbatch
+from model import ModelArgs, Transformer, flops_per_token, get_flavor, num_params
+from options import save_config
+from parallelize import (
+    Degrees,
+    Mesh,
+    TiedEmbedding,
+    apply_float8,
+    build_mesh,
+    build_pipeline,
+    init_weights,
+    parallelize,
+    set_last_microbatch,
+    shard_sequences,
+    split_into_stages,
+    update_float8_scales,
+)
 from training.distributed import (
     clean_exit,
     first_on_each_machine,
@@ -30,7 +44,7 @@ from training.distributed import (
     require_equal_on_all_ranks,
     set_determinism,
 )
-from training.loss import count_valid_tokens, cross_entropy_sum, sum_over
+from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
 from training.optimizer import build_optimizer, clip_grad_norm
@@ -41,13 +55,13 @@ def main(config: Config) -> None:
     device = init_distributed(config.job.device, config.comm.timeout_seconds)
     if training.enable_cpu_offload and device.type == "cpu":
         raise ValueError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
+    if config.parallelism.enable_async_tensor_parallel and device.type == "cpu":
+        raise ValueError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
     set_determinism(training.seed, training.deterministic)
     log = print if dist.get_rank() == 0 else lambda *_, **__: None
 
     # The ranks as a five-dimensional grid.
-    p = config.parallelism
-    degrees = Degrees(dp_replicate=p.data_parallel_replicate_degree, dp_shard=p.data_parallel_shard_degree)
-    mesh = build_mesh(degrees, device.type, dist.get_world_size())
+    mesh = build_mesh(degrees_of(config), device.type, dist.get_world_size())
 
     # What is read: text, through a tokenizer, as samples that depend on nothing but (data, seed, number of the sample).
     tokenizer = build_tokenizer(config.data.tokenizer)
@@ -67,26 +81,20 @@ def main(config: Config) -> None:
     if global_batch_size == -1:
         global_batch_size = training.local_batch_size * mesh.batch_size
 
-    # What is trained. 1) shapes: the whole model on meta, and every parallelism applied to it
-    overrides = {k: v for k, v in vars(config.model).items() if k != "flavor" and v is not None}
-    model_args = replace(get_flavor(config.model.flavor), **overrides)
+    # What is trained. 1) shapes, on meta: this rank's part of the model
+    model_args = model_args_of(config)
     check_data_fits_model(model_args, tokenizer, training.seq_len)
-    with torch.device("meta"):
-        model = Transformer(model_args).to(getattr(torch, training.dtype))
-    parallelize(
-        model,
-        mesh,
-        param_dtype=getattr(torch, training.mixed_precision_param),
-        reduce_dtype=getattr(torch, training.mixed_precision_reduce),
-        reshard_after_forward=p.fsdp_reshard_after_forward == "always",
-        cpu_offload=training.enable_cpu_offload,
-    )
+    stages = build_stages(config, model_args, mesh, device.type, log)
     # 2) memory  3) values, the same in any layout
-    model.to_empty(device="cpu" if training.enable_cpu_offload else device)
-    init_weights(model, model_args, training.seed)
+    for stage in stages:
+        stage.to_empty(device="cpu" if training.enable_cpu_offload else device)
+        init_weights(stage, model_args, training.seed)
+    tied = TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
+    named = [item for stage in stages for item in stage.named_parameters()]
+    parameters = {name: parameter for name, parameter in named if not tied.is_copy(parameter)}
 
     optimizer = build_optimizer(
-        model.named_parameters(),
+        parameters,
         name=config.optimizer.name,
         lr=config.optimizer.lr,
         betas=config.optimizer.betas,
@@ -99,7 +107,7 @@ def main(config: Config) -> None:
     step = tokens_seen = samples_consumed = 0
     checkpoint = CheckpointManager(
         os.path.join(config.job.dump_folder, config.checkpoint.folder),
-        model=model,
+        parameters=parameters,
         optimizer=optimizer,
         model_args=model_args,
         enable=config.checkpoint.enable,
@@ -107,6 +115,7 @@ def main(config: Config) -> None:
         keep_latest_k=config.checkpoint.keep_latest_k,
     )
     resumed = checkpoint.load(config.checkpoint.load_step, config.checkpoint.initial_load_path)
+    weights_have_changed(stages, tied)
     if resumed is not None:
         step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
         log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
@@ -141,26 +150,20 @@ def main(config: Config) -> None:
         f"set up in {time.perf_counter() - STARTED:.1f} s"
     )
 
-    def forward_backward(microbatches, num_tokens):
-        """This rank's part of the step's loss; gradients are summed over microbatches and ranks."""
-        total = torch.zeros((), device=device)
-        for i, batch in enumerate(microbatches):
-            set_last_microbatch(model, i == len(microbatches) - 1)
-            logits = model(batch["tokens"], batch["positions"])
-            # Divided before backward, by the tokens of the whole step: see training/loss.py.
-            loss = cross_entropy_sum(logits, batch["labels"]) / num_tokens
-            del logits  # the largest tensor there is: free it while backward runs
-            loss.backward()
-            total = total + loss.detach()
-        return total
+    forward_backward = build_forward_backward(config, stages, mesh, device)
 
     metrics.start()
     while step < training.steps:
         # ---------------------------------------------------------------------------------------- the step
-        microbatches = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in next(batches)]
+        microbatches = [shard_sequences(batch, mesh.cp) for batch in next(batches)]
+        microbatches = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in microbatches]
         num_tokens = count_valid_tokens(microbatches, mesh.loss)
-        loss = forward_backward(microbatches, num_tokens)
-        grad_norm = clip_grad_norm(model.parameters(), training.max_norm, device)
+        loss = torch.zeros((), dtype=torch.float64, device=device)
+        for i, batch in enumerate(microbatches):
+            set_last_microbatch(stages, is_last=i == len(microbatches) - 1)
+            loss = loss + forward_backward(batch, num_tokens)
+        tied.add_gradient()
+        grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)
         if not math.isfinite(grad_norm):
             # Before the weights take it up: the last checkpoint, and the weights in memory, are still good.
             raise FloatingPointError(f"the gradient's norm is {grad_norm} at step {step + 1}; no weight was changed")
@@ -169,13 +172,14 @@ def main(config: Config) -> None:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
+        weights_have_changed(stages, tied)
         step += 1
         # ------------------------------------------------------------------------------- everything else
         tokens = global_batch_size * training.seq_len
         tokens_seen += tokens
         metrics.count(tokens)
         if metrics.is_log_step(step):
-            mean_loss = sum_over(loss, mesh.loss).item()
+            mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
             metrics.log(step, loss=mean_loss, grad_norm=grad_norm, lr=lr, tokens_seen=tokens_seen)
         checkpoint.maybe_save(
             step,
@@ -185,6 +189,100 @@ def main(config: Config) -> None:
             order_of_data=order_of_data,
         )
     metrics.close()
+
+
+def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: Mesh, device: torch.device):
+    """A function of (batch, num_tokens): this rank's part of the batch's loss, divided by num_tokens, the valid tokens
+    of the whole step; see training/loss.py. Gradients are summed: over batches, and over ranks."""
+    training, p = config.training, config.parallelism
+    if mesh.degrees.pp > 1:
+        return build_pipeline(
+            stages,
+            mesh.pp,
+            schedule=p.pipeline_parallel_schedule,
+            batch_size=training.local_batch_size,
+            microbatch_size=p.pipeline_parallel_microbatch_size,
+            seq_len=training.seq_len // (mesh.degrees.cp * mesh.degrees.tp),
+            dtype=getattr(torch, training.mixed_precision_param),
+            device=device,
+        )
+
+    (model,) = stages
+
+    def forward_backward(batch, num_tokens):
+        loss = model(batch["tokens"], batch["positions"], batch["labels"]) / num_tokens
+        loss.backward()
+        return loss.detach()
+
+    return forward_backward
+
+
+def weights_have_changed(stages, tied) -> None:
+    """What is derived from the weights follows them: the copy of a tied one, and float8's scales."""
+    tied.copy_weight()
+    for stage in stages:
+        update_float8_scales(stage)
+
+
+def degrees_of(config: Config) -> Degrees:
+    p = config.parallelism
+    return Degrees(
+        pp=p.pipeline_parallel_degree,
+        dp_replicate=p.data_parallel_replicate_degree,
+        dp_shard=p.data_parallel_shard_degree,
+        cp=p.context_parallel_degree,
+        tp=p.tensor_parallel_degree,
+    )
+
+
+def model_args_of(config: Config) -> ModelArgs:
+    """The flavor's shape, with what was set in its place."""
+    overrides = {k: v for k, v in vars(config.model).items() if k != "flavor" and v is not None}
+    return replace(get_flavor(config.model.flavor), **overrides)
+
+
+def build_stages(
+    config: Config, model_args: ModelArgs, mesh: Mesh, device_type: str, log=print
+) -> list[torch.nn.Module]:
+    """The whole model on meta, this rank's pipeline stages of it (the model itself where there is no pipeline), and
+    every parallelism applied to each."""
+    training, p, float8 = config.training, config.parallelism, config.float8
+    with torch.device("meta"):
+        model = Transformer(model_args, training.loss_chunk_size).to(getattr(torch, training.dtype))
+    if float8.enable:  # before the split, so that what is to be skipped is looked for in the whole model
+        report = apply_float8(
+            model,
+            recipe=float8.recipe,
+            skip=[pattern.strip() for pattern in float8.skip.split(",") if pattern.strip()],
+            min_dim=float8.min_dim,
+            emulate=float8.emulate,
+            fsdp_all_gather=float8.enable_fsdp_float8_all_gather,
+            device_type=device_type,
+        )
+        log(report)
+    stages = split_into_stages(
+        model,
+        mesh.pp,
+        schedule=p.pipeline_parallel_schedule,
+        stages_per_rank=p.pipeline_parallel_stages_per_rank,
+    )
+    for stage in stages:
+        parallelize(
+            stage,
+            mesh,
+            seq_len=training.seq_len,
+            context_parallel_method=p.context_parallel_method,
+            async_tensor_parallel=p.enable_async_tensor_parallel,
+            recompute_mode=config.activation_checkpoint.mode,
+            recompute_option=config.activation_checkpoint.selective_option,
+            memory_budget=config.activation_checkpoint.memory_budget,
+            compile_backend=config.compile.backend if config.compile.enable else None,
+            param_dtype=getattr(torch, training.mixed_precision_param),
+            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+            reshard_after_forward=p.fsdp_reshard_after_forward == "always",
+            cpu_offload=training.enable_cpu_offload,
+        )
+    return stages
 
 
 def check_data_fits_model(model_args, tokenizer, seq_len: int) -> None:

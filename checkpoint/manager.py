@@ -19,23 +19,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.args import ModelArgs
+from parallelize.float8 import as_plain
 
 
 class CheckpointManager:
-    """Owns one folder of checkpoints of one run. Every method but the constructor is a collective."""
+    """Owns one folder of checkpoints of one run: of this rank's parameters, by name (a pipeline stage has only some, a
+    tied one counts once), and the optimizer's state for them. Every method but the constructor is a collective."""
 
     def __init__(
         self,
         folder: str,
         *,
-        model: nn.Module,
+        parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
         model_args: ModelArgs,
         enable: bool,
         interval: int,
         keep_latest_k: int,
     ):
-        self.folder, self.model, self.optimizer, self.model_args = folder, model, optimizer, model_args
+        self.folder, self.parameters, self.optimizer, self.model_args = folder, parameters, optimizer, model_args
         self.enable, self.interval, self.keep_latest_k = enable, interval, keep_latest_k
         self.saved_step = None
 
@@ -54,8 +56,7 @@ class CheckpointManager:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
             os.makedirs(partial)
         dist.barrier()
-        tensors = {**model_tensors(self.model), **optimizer_tensors(self.model, self.optimizer)}
-        dcp.save(tensors, checkpoint_id=partial)
+        dcp.save({**self._model_tensors(), **self._optimizer_tensors()}, checkpoint_id=partial)
         if dist.get_rank() == 0:
             state = dict(step=step, model_args=vars(self.model_args), **numbers)
             with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
@@ -93,11 +94,11 @@ class CheckpointManager:
             )
         if not steps:
             if initial_load_path:
-                self._read(initial_load_path, model_tensors(self.model), free=("init_std", "max_seq_len", "rope_"))
+                self._read(initial_load_path, self._model_tensors(), free=("init_std", "max_seq_len", "rope_"))
             return None
         step = load_step if load_step >= 0 else steps[-1]
         slots = self._optimizer_slots(self._path(step))
-        state = self._read(self._path(step), {**model_tensors(self.model), **slots}, free=("init_std",))
+        state = self._read(self._path(step), {**self._model_tensors(), **slots}, free=("init_std",))
         self._load_optimizer(slots)
         self._set_aside([s for s in steps if s > step])
         self.saved_step = step
@@ -152,21 +153,21 @@ class CheckpointManager:
     def _optimizer_slots(self, path: str) -> dict[str, Tensor]:
         """Empty tensors for every optimizer state that the checkpoint holds, laid out as the parameters are."""
         stored, slots = self._metadata(path), {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in self.parameters.items():
             prefix = f"optimizer.{name}."
             for key, meta in stored.items():
                 if key.startswith(prefix):
                     dtype = meta.properties.dtype
                     like_parameter = meta.size == parameter.shape
                     slots[key] = (
-                        torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                        torch.empty_like(as_plain(parameter), dtype=dtype)
                         if like_parameter
                         else torch.empty(meta.size, dtype=dtype)
                     )
         return slots
 
     def _load_optimizer(self, slots: dict[str, Tensor]) -> None:
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        names = {parameter: name for name, parameter in self.parameters.items()}
         ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
         state = {}
         for index, parameter in enumerate(ordered):
@@ -176,6 +177,18 @@ class CheckpointManager:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     # --------------------------------------------------------------------------------------------- names
+
+    def _model_tensors(self) -> dict[str, Tensor]:
+        """Parameters by name. Detached, but the same memory: loading writes into the model."""
+        return {f"model.{name}": as_plain(parameter) for name, parameter in self.parameters.items()}
+
+    def _optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizer's state by the name of its parameter, whatever group or order that is in."""
+        return {
+            f"optimizer.{name}.{slot}": tensor
+            for name, parameter in self.parameters.items()
+            for slot, tensor in self.optimizer.state.get(parameter, {}).items()
+        }
 
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"step-{step}")
@@ -189,17 +202,3 @@ class CheckpointManager:
     def _listed_steps(self) -> list[int]:
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         return sorted(int(m[1]) for m in (re.fullmatch(r"step-(\d+)", name) for name in names) if m)
-
-
-def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters by name; a tied one once. Detached, but the same memory: loading writes into the model."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
-
-
-def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by the name of its parameter, whatever group or order that is in."""
-    return {
-        f"optimizer.{name}.{slot}": tensor
-        for name, parameter in model.named_parameters()
-        for slot, tensor in optimizer.state.get(parameter, {}).items()
-    }

@@ -3,6 +3,16 @@
 from model.args import ModelArgs
 from model.flavors import FLAVORS, get_flavor
 from model.flops import flops_per_token, num_matmul_params, num_params
+from model.head import IGNORE_INDEX
 from model.transformer import Transformer
 
-__all__ = ["FLAVORS", "ModelArgs", "Transformer", "flops_per_token", "get_flavor", "num_matmul_params", "num_params"]
+__all__ = [
+    "FLAVORS",
+    "IGNORE_INDEX",
+    "ModelArgs",
+    "Transformer",
+    "flops_per_token",
+    "get_flavor",
+    "num_matmul_params",
+    "num_params",
+]

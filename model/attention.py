@@ -10,10 +10,13 @@ from model.rope import apply_rope
 class CoreAttention(nn.Module):
     """softmax(q k^T / sqrt(head_dim)) v over the past: no parameters, the one seam where attention is exchanged."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [batch, seq, heads, head_dim], k and v with n_kv_heads heads; returns q's shape."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [batch, seq, heads, head_dim], k and v with n_kv_heads heads; returns q's shape. A mask replaces the causal
+        one, for queries that are not those of all keys' positions."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+        )
         return out.transpose(1, 2)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model.args import ModelArgs
 from model.attention import Attention
+from model.head import Head
 from model.rope import rope_cos_sin
 
 
@@ -41,30 +42,33 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """tokens -> logits. A pipeline stage is the same class with some parts removed: an embedding, norm or head that
-    is None is skipped, and `layers` is a ModuleDict so that a block keeps its name wherever it runs."""
+    """tokens -> logits, or the loss. A pipeline stage is the same class with some parts removed: an embedding, norm or
+    head that is None is skipped, and `layers` is a ModuleDict so that a block keeps its name wherever it runs.
 
-    def __init__(self, args: ModelArgs):
+    loss_chunk_size is the number of tokens whose logits exist at a time, see model/head.py; 0: all."""
+
+    def __init__(self, args: ModelArgs, loss_chunk_size: int = 0):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = Head(args.dim, args.vocab_size, loss_chunk_size)
         self.tie_weights()
 
     def tie_weights(self) -> None:
         """Makes the head's weight the embedding's, if they are to be one. Moving a model off meta (`to_empty`) unties
         them, so this is called again after it."""
-        if self.args.tie_embeddings:
+        if self.args.tie_embeddings and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Logits [batch, seq, vocab_size] for token ids x [batch, seq] (int64) at `positions` [batch, seq] (int64);
-        in a later pipeline stage x is the stream [batch, seq, dim], in an earlier one so is the result."""
+    def forward(self, x: Tensor, positions: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits [batch, seq, vocab_size] for token ids x [batch, seq] (int64) at `positions` [batch, seq] (int64).
+        Given labels [batch, seq] (int64, -100 where there is none), the sum of their cross entropies in nats. In a
+        later pipeline stage x is the stream [batch, seq, dim], in an earlier one so is the result."""
         h = self.tok_embeddings(x) if self.tok_embeddings is not None else x
         cos, sin = rope_cos_sin(positions, self.args)
         for block in self.layers.values():
             h = block(h, cos, sin)
         h = self.norm(h) if self.norm is not None else h
-        return self.output(h) if self.output is not None else h
+        return self.output(h, labels) if self.output is not None else h

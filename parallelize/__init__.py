@@ -3,32 +3,66 @@
 import torch
 from torch import nn
 
+from parallelize.activation import apply_activation_checkpoint
+from parallelize.compile import apply_compile
+from parallelize.context import apply_context_parallel, shard_sequences
+from parallelize.float8 import apply_float8, update_float8_scales
 from parallelize.fsdp import apply_fsdp, set_last_microbatch
 from parallelize.init import init_weights
 from parallelize.mesh import Degrees, Mesh, build_mesh
+from parallelize.pipeline import TiedEmbedding, build_pipeline, split_into_stages
+from parallelize.tensor import apply_tensor_parallel
 
-__all__ = ["Degrees", "Mesh", "build_mesh", "init_weights", "parallelize", "set_last_microbatch"]
+__all__ = [
+    "Degrees",
+    "Mesh",
+    "TiedEmbedding",
+    "apply_float8",
+    "build_mesh",
+    "build_pipeline",
+    "init_weights",
+    "parallelize",
+    "set_last_microbatch",
+    "shard_sequences",
+    "split_into_stages",
+    "update_float8_scales",
+]
 
 
 def parallelize(
-    model: nn.Module,
+    stage: nn.Module,
     mesh: Mesh,
     *,
+    seq_len: int,
+    context_parallel_method: str,
+    async_tensor_parallel: bool,
+    recompute_mode: str,
+    recompute_option: str,
+    memory_budget: float,
+    compile_backend: str | None,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
     cpu_offload: bool,
 ) -> None:
-    """Turns a single-device model (on meta) into this rank's part of it, in place.
+    """Turns a single-device model, or a pipeline stage of one (on meta), into this rank's part of it, in place. seq_len
+    is that of the whole sequences; without a compile_backend nothing is compiled.
 
-    FSDP comes last: it shards whatever the others have left of a weight, and its hooks must stay outside of anything
-    that is compiled or recomputed.
+    Recomputation goes before compile, so that the compiler sees what is recomputed. FSDP comes last: it shards whatever
+    the others have left of a weight, and its hooks must stay outside of anything that is compiled or recomputed.
     """
+    degrees = mesh.degrees
+    apply_context_parallel(stage, mesh.cp, method=context_parallel_method, seq_len=seq_len, tp=degrees.tp)
+    apply_tensor_parallel(stage, mesh.tp, seq_len=seq_len // degrees.cp, use_async=async_tensor_parallel)
+    apply_activation_checkpoint(stage, mode=recompute_mode, selective=recompute_option, memory_budget=memory_budget)
+    if compile_backend is not None:
+        apply_compile(stage, backend=compile_backend)
     apply_fsdp(
-        model,
+        stage,
         mesh.data_parallel,
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
-        reshard_after_forward=reshard_after_forward,
+        # A stage runs many forwards and backwards in a row: gathering its weights for each would be dear.
+        reshard_after_forward=reshard_after_forward and degrees.pp == 1,
         cpu_offload=cpu_offload,
     )

@@ -6,17 +6,26 @@ runs, and freed after; its gradients are summed and scattered as soon as backwar
 Who holds what, with N ranks on the fsdp axis and R on dp_replicate: a rank holds 1/N of every weight, and R ranks hold
 the same 1/N (HSDP; N = 1 is plain replication, R = 1 plain FSDP).
 
-Bytes a rank receives per microbatch, for P parameters of b bytes, when weights are freed after forward: two all-gathers
-of P x b x (N-1)/N and one reduce-scatter of the same (in reduce_dtype's bytes); per step, with R > 1, one all-reduce of
-the gradient shard. Without freeing, one all-gather.
+Weights are communicated in groups: each block, the embedding, the head with the last norm (a tied embedding is in the
+head's). For each group of P elements (rows of its weights rounded up to a multiple of N), of b bytes in param_dtype and
+s in reduce_dtype, with M microbatches a step:
 
-Proof: tests/test_parity.py.
+    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block and the embedding (M when weights
+                    are not freed after forward), M for the head, and 1 more when M > 1, which torch prefetches
+                    M reduce-scatters, P s (N-1)/N each
+    dp_replicate    when R > 1, one all-reduce of the gradient's shard: 2 P/N s (R-1)/R
+
+On gloo the first two are messages: to each other rank and from each, the same bytes (see `parallelize/gloo.py`).
+
+Proof: tests/test_parity.py; the bytes: tests/test_communication.py.
 """
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from parallelize.gloo import use_direct_messages
 
@@ -32,8 +41,10 @@ def apply_fsdp(
 ) -> None:
     """Shards model in place over mesh: (fsdp) or (dp_replicate, fsdp). Weights keep their dtype between steps; compute
     is in param_dtype, gradients are summed in reduce_dtype."""
-    if mesh.size() == 1 and not cpu_offload and all(p.dtype == param_dtype for p in model.parameters()):
+    nothing_to_do = mesh.size() == 1 and not cpu_offload and all(p.dtype == param_dtype for p in model.parameters())
+    if nothing_to_do and not any(isinstance(p, DTensor) for p in model.parameters()):
         return  # one rank that casts and moves nothing: FSDP would only copy each weight before its use
+    # (Under tensor parallelism it also sums the norms' gradients over the tp axis.)
     policy = dict(
         mesh=mesh,
         # Inputs keep their dtype: the stream follows the weights' dtype by itself, and RoPE must stay float32.
@@ -50,22 +61,25 @@ def apply_fsdp(
             # Backward begins with the head at once: freeing it after forward would only gather it again.
             fully_shard([model.norm, model.output], **policy, reshard_after_forward=False)
     fully_shard(model, **policy, reshard_after_forward=False)
+    is_gloo = mesh.device_type == "cpu" and dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo"
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided once, by the whole step's tokens: every reduction is a plain sum. Neither call
             # recurses, and gloo has no pre-multiplied sum to fall back on.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.device_type == "cpu" and mesh.size(-1) > 1:
+            if mesh.size(-1) > 1 and is_gloo:
                 use_direct_messages(module)
 
 
-def set_last_microbatch(model: nn.Module, is_last: bool) -> None:
-    """Tells FSDP whether this backward ends the optimizer step: only then are the R copies' gradients summed.
+def set_last_microbatch(stages: list[nn.Module], *, is_last: bool) -> None:
+    """Tells FSDP whether this backward, or pipeline schedule, ends the optimizer step: only then are the R copies'
+    gradients summed.
 
     Gradients are still reduce-scattered in every microbatch: keeping them whole until the last one would save
     communication, but cost each rank the memory of a full gradient.
     """
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
-        model.set_is_last_backward(is_last)
+    for stage in stages:
+        if isinstance(stage, FSDPModule):
+            stage.set_requires_all_reduce(is_last)
+            stage.set_is_last_backward(is_last)

@@ -106,6 +106,9 @@ class Mesh:
     world: DeviceMesh  # pp, dp_replicate, dp_shard, cp, tp
     dense: DeviceMesh  # pp, dp_replicate, fsdp, tp
     sparse: DeviceMesh  # pp, dp_replicate, efsdp, ep
+    pp: DeviceMesh
+    cp: DeviceMesh
+    tp: DeviceMesh
     loss: DeviceMesh  # over whom token counts and losses are summed
     data_parallel: DeviceMesh  # what fully_shard takes: (dp_replicate, fsdp), or fsdp alone
     expert_data_parallel: DeviceMesh  # the same for experts: (dp_replicate, efsdp), or efsdp alone
@@ -136,4 +139,15 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
     loss = make(pp=d.pp, loss=d.dp_replicate * fsdp, tp=d.tp)["loss"]
     # A 2-D mesh adds an all-reduce, over one rank when there is one copy.
     replicate = ("dp_replicate",) if d.dp_replicate > 1 else ()
-    return Mesh(d, world, dense, sparse, loss, dense[(*replicate, "fsdp")], sparse[(*replicate, "efsdp")])
+    return Mesh(
+        d,
+        world,
+        dense,
+        sparse,
+        pp=world["pp"],
+        cp=world["cp"],
+        tp=dense["tp"],  # of one root with FSDP's axis: a weight is cut over both
+        loss=loss,
+        data_parallel=dense[(*replicate, "fsdp")],
+        expert_data_parallel=sparse[(*replicate, "efsdp")],
+    )

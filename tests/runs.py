@@ -1,18 +1,21 @@
 """Whole training runs for the tests: the real `train.main`, small and in float64, recorded from outside."""
 
 import json
+import logging
 import os
 import random
 from pathlib import Path
 
+import pytest
+import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
-# Sizes that divide neither evenly among 4 or 8 ranks nor into as many rows as there are ranks.
+# Sizes that 4 tensor-parallel ranks can share, but that FSDP cannot cut evenly in 4 or 8, before or after that.
 TINY = {
-    "model.dim": "36", "model.n_layers": "2", "model.n_heads": "6", "model.n_kv_heads": "2", "model.ffn_dim": "50",
-    "model.vocab_size": "261", "data.dataset": "text", "data.tokenizer": "byte", "training.seq_len": "24",
+    "model.dim": "48", "model.n_layers": "2", "model.n_heads": "8", "model.n_kv_heads": "4", "model.ffn_dim": "60",
+    "model.vocab_size": "268", "data.dataset": "text", "data.tokenizer": "byte", "training.seq_len": "32",
     "training.dtype": "float64", "training.mixed_precision_param": "float64",
     "training.mixed_precision_reduce": "float64", "training.global_batch_size": "8", "training.steps": "3",
     "training.max_norm": "0.5", "optimizer.lr": "0.01", "metrics.log_freq": "1", "job.device": "cpu",
@@ -44,47 +47,101 @@ def argv(*settings: dict[str, str]) -> list[str]:
     return [f"--{name}={value}" for name, value in merged.items()]
 
 
-def whole(tensor):
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
 def record_run(arguments: list[str]) -> dict:
-    """Runs training on this rank; every step's whole gradients before clipping and number of this rank's valid
-    tokens, and the whole final weights, by parameter name."""
+    """Runs training on this rank. What it holds, by parameter name, as (whole shape, indices held, values): every
+    step's gradients before clipping, and the final weights; and the number of its valid tokens in each microbatch."""
     import train
     from config import load_config
+    from parallelize.init import held_indices
 
-    names, gradients, valid, build_optimizer = {}, [], [], train.build_optimizer
-    clip_grad_norm, count_valid_tokens = train.clip_grad_norm, train.count_valid_tokens
+    parameters, gradients, valid = {}, [], []
+    build_optimizer, clip_grad_norm = train.build_optimizer, train.clip_grad_norm
+    count_valid_tokens, init_distributed = train.count_valid_tokens, train.init_distributed
 
-    def recording_build(named_parameters, **kwargs):
-        names.update(named_parameters)
-        return build_optimizer(names.items(), **kwargs)
+    def held(tensor):
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        return tensor.shape, held_indices(tensor), local.detach().clone()
 
-    def recording_clip(parameters, max_norm, device):
-        gradients.append({name: whole(p.grad) for name, p in names.items()})
-        return clip_grad_norm(parameters, max_norm, device)
+    def recording_build(named, **kwargs):
+        parameters.update(named)
+        return build_optimizer(named, **kwargs)
+
+    def recording_clip(clipped, *args):
+        gradients.append({name: held(p.grad) for name, p in parameters.items()})
+        return clip_grad_norm(clipped, *args)
 
     def recording_count(microbatches, mesh):
         valid.append([int((batch["labels"] >= 0).sum()) for batch in microbatches])
         return count_valid_tokens(microbatches, mesh)
 
-    train.build_optimizer, train.clip_grad_norm = recording_build, recording_clip
-    train.count_valid_tokens = recording_count
-    train.main(load_config(arguments))
-    weights = {name: whole(p) for name, p in names.items()}
-    keep = dist.get_rank() == 0
+    def init_once(device, timeout):
+        return torch.device("cpu") if dist.is_initialized() else init_distributed(device, timeout)
+
+    torch.compiler.reset()  # a graph of an earlier layout must not be taken for this one
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_optimizer", recording_build)
+        patch.setattr(train, "clip_grad_norm", recording_clip)
+        patch.setattr(train, "count_valid_tokens", recording_count)
+        patch.setattr(train, "init_distributed", init_once)
+        train.main(load_config(arguments))
+    weights = {name: held(p) for name, p in parameters.items()}
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how full_tensor does it
+    # That the indices are right: torch puts the same whole together, with a collective for each.
+    for name, p in parameters.items():
+        whole = p.full_tensor() if isinstance(p, DTensor) else p
+        _, indices, values = weights[name]
+        assert torch.equal(whole[torch.meshgrid(*indices, indexing="ij")], values), name
+    return dict(gradients=gradients, weights=weights, valid=valid)
+
+
+def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
+    """Whole tensors by name from what every rank holds; where several hold the same, they must agree exactly."""
+    result = {}
+    for name in {name for rank in ranks for name in rank}:
+        parts = [rank[name] for rank in ranks if name in rank]
+        tensor = torch.full(parts[0][0], torch.nan, dtype=parts[0][2].dtype)
+        for _, indices, values in parts:
+            grid = torch.meshgrid(*indices, indexing="ij")
+            assert torch.equal(tensor[grid].where(tensor[grid].isfinite(), values), values), f"copies of {name} differ"
+            tensor[grid] = values
+        assert tensor.isfinite().all(), f"no rank holds all of {name}"
+        result[name] = tensor
+    return dict(sorted(result.items()))
+
+
+def record_runs(many: list[list[str]]) -> list[dict]:
+    """One run after another in the same processes: torch's caches are warm from the second on. The process groups of
+    all of them live on, so not too many."""
+    records = [record_run(arguments) for arguments in many]
     dist.destroy_process_group()
-    return dict(gradients=gradients if keep else None, weights=weights if keep else None, valid=valid)
+    return records
+
+
+def train_all(world_size: int, runs: dict[Path, dict[str, str]]) -> list[dict]:
+    """Recorded runs on world_size ranks, each in its folder with its settings: whole gradients and weights, every
+    rank's valid tokens, metrics."""
+    arguments = [
+        argv(TINY, {"job.dump_folder": str(folder), "data.cache_folder": str(folder.parent / "cache")}, settings)
+        for folder, settings in runs.items()
+    ]
+    by_rank = run_ranks(world_size, record_runs, arguments)
+    return [
+        dict(
+            gradients=[whole(list(step)) for step in zip(*(r["gradients"] for r in ranks), strict=True)],
+            weights=whole([rank["weights"] for rank in ranks]),
+            valid=[rank["valid"] for rank in ranks],
+            metrics=read_metrics(folder),
+        )
+        for folder, *ranks in zip(runs, *by_rank, strict=True)
+    ]
 
 
 def train_on(world_size: int, folder: Path, *settings: dict[str, str]) -> dict:
-    """A recorded run on world_size ranks, in `folder`: rank 0's record, every rank's valid tokens and the metrics."""
-    arguments = argv(
-        TINY, {"job.dump_folder": str(folder), "data.cache_folder": str(folder.parent / "cache")}, *settings
-    )
-    results = run_ranks(world_size, record_run, arguments)
-    return {**results[0], "valid": [r["valid"] for r in results], "metrics": read_metrics(folder)}
+    """One recorded run."""
+    merged = {}
+    for setting in settings:
+        merged |= setting
+    return train_all(world_size, {folder: merged})[0]
 
 
 def read_metrics(folder: Path) -> list[dict]:

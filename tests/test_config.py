@@ -7,7 +7,8 @@ from dataclasses import fields
 
 import pytest
 
-from config import Config, help_text, load_config, save_config
+from config import Config, load_config
+from options import help_text, save_config
 
 
 def write(tmp_path, text: str) -> str:
@@ -106,7 +107,7 @@ def test_mistakes_on_the_command_line(argv, message):
 def test_help_lists_every_option():
     """--help shows each option with type, default and a line of explanation, and leaves with status 0."""
     shown = subprocess.run([sys.executable, "train.py", "--help"], capture_output=True, text=True, check=True).stdout
-    assert shown.strip() == help_text().strip()
+    assert shown.strip() == help_text(Config()).strip()
     lines = shown.splitlines()
     for section in fields(Config):
         for option in fields(section.default_factory):

@@ -1,37 +1,68 @@
 """Every recipe in configs/ is right without running it."""
 
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+# A process group that answers at once without having sent anything. Private, but there is no other.
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from config import load_config
-from model import Transformer, get_flavor, num_params
-from parallelize import Degrees
+from model import get_flavor, num_params
+from parallelize import build_mesh
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
+def num_ranks(recipe: Path) -> list[int]:
+    """The number of processes that its command starts; several where it names none, as it must do for any machine."""
+    command = recipe.read_text()
+    per_machine, machines = (re.search(rf"--{option}=(\d+)", command) for option in ("nproc_per_node", "nnodes"))
+    return [int(per_machine[1]) * (int(machines[1]) if machines else 1)] if per_machine else [1, 2, 3, 8, 16]
+
+
+def _built_on(world_size: int, rank: int, recipe: str) -> dict[str, tuple[int, int]]:
+    """On one rank of a group that is only told to exist: (elements of the whole parameter, elements here) by name."""
+    import train
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    # What the machine of the recipe can do and this one cannot.
+    emulate = ["--float8.emulate=true"] if load_config(["--job.config_file", recipe]).float8.enable else []
+    config = load_config(["--job.config_file", recipe, *emulate])
+    t = config.training
+    mesh = build_mesh(train.degrees_of(config), "cpu", world_size)
+    at_once = t.local_batch_size * mesh.batch_size
+    assert t.global_batch_size == -1 or t.global_batch_size % at_once == 0, (world_size, at_once)
+    args = train.model_args_of(config)
+    assert t.seq_len <= args.max_seq_len
+    stages = train.build_stages(config, args, mesh, "cpu")
+    train.build_forward_backward(config, stages, mesh, torch.device("cpu"))
+    held = {
+        name: (parameter.numel(), parameter.to_local().numel() if hasattr(parameter, "to_local") else parameter.numel())
+        for stage in stages
+        for name, parameter in stage.named_parameters()
+    }
+    dist.destroy_process_group()
+    return held
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe_is_sound(recipe):
-    """It parses, its layout and batch fit the machine that its command names, and its model can be built."""
+    """It parses, its layout and batch fit the machine that its command names, and every parallelism can be applied to
+    its model there: on the first and the last rank of a process group of that size, without memory for a weight."""
     config = load_config(["--job.config_file", str(recipe)])
-    text = recipe.read_text()
-    # A recipe that names no number of processes must do for any machine.
-    named = "--nproc_per_node=" in text
-    p, t = config.parallelism, config.training
-    for ranks in [int(text.split("--nproc_per_node=")[1].split()[0])] if named else range(1, 17):
-        degrees = Degrees(dp_replicate=p.data_parallel_replicate_degree, dp_shard=p.data_parallel_shard_degree)
-        degrees = degrees.resolve(ranks)
-        if t.global_batch_size != -1:
-            assert t.global_batch_size % (t.local_batch_size * degrees.dp_replicate * degrees.dp_shard) == 0, ranks
-    overrides = {k: v for k, v in vars(config.model).items() if k != "flavor" and v is not None}
-    args = replace(get_flavor(config.model.flavor), **overrides)
-    assert t.seq_len <= args.max_seq_len
-    with torch.device("meta"):
-        model = Transformer(args)
-    assert sum(p.numel() for p in model.parameters()) == num_params(args)
+    for world_size in num_ranks(recipe):
+        ranks = [run_ranks(1, _built_on, world_size, rank, str(recipe))[0] for rank in {0, world_size - 1}]
+        whole = {name: numel for held in ranks for name, (numel, _) in held.items()}
+        if config.parallelism.pipeline_parallel_degree == 1:
+            assert sum(whole.values()) == num_params(get_flavor(config.model.flavor))
+        here = sum(numel for _, numel in ranks[0].values())
+        # A rank has its part of the weights; the first stage has the embedding and fewer blocks.
+        assert 0.7 < here * world_size / num_params(get_flavor(config.model.flavor)) < 1.3
 
 
 def test_recipes_talk():

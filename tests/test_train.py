@@ -78,6 +78,46 @@ def test_resume_on_other_ranks(straight, text, tmp_path, parts):
         assert row == pytest.approx(expected, rel=1e-9)
 
 
+def in_layout(pp=1, replicate=1, cp=1, tp=1, **more):
+    return options(
+        parallelism__pipeline_parallel_degree=pp,
+        parallelism__data_parallel_replicate_degree=replicate,
+        parallelism__context_parallel_degree=cp,
+        parallelism__tensor_parallel_degree=tp,
+        **more,
+    )
+
+
+def test_resume_in_any_layout(text, tmp_path):
+    """A run that changes its layout every two steps, tensor to pipeline parallel and so on, is the run of one process:
+    equal to 1e-9. Embedding and head are one weight, which the pipelines have twice."""
+    interleaved = options(parallelism__pipeline_parallel_schedule="Interleaved1F1B")
+    layouts = [  # ranks, layout
+        (4, in_layout(tp=4)),
+        (4, in_layout(pp=4)),
+        (4, in_layout(cp=2)),
+        (4, in_layout(pp=2, tp=2) | interleaved),
+        (4, in_layout(replicate=2, tp=2)),
+        (2, in_layout(pp=2, training__local_batch_size=4)),
+        (1, in_layout(training__local_batch_size=2)),
+        (4, in_layout(cp=2, tp=2)),
+        (8, in_layout(replicate=2)),
+    ]
+    steps = 2 * len(layouts)
+    common = [text, options(training__steps=steps, model__n_layers="4", model__tie_embeddings="true")]
+    save = options(checkpoint__enable="true", checkpoint__interval="2")
+    (tmp_path / "one").mkdir()
+    trained(1, tmp_path / "one", *common, options(training__local_batch_size="8"))
+    for i, (ranks, layout) in enumerate(layouts):
+        batch = options(training__local_batch_size=8 if layout["parallelism.pipeline_parallel_degree"] != "1" else 1)
+        lines = argv(TINY, {"job.dump_folder": str(tmp_path / "run")}, *common, save, batch | layout)
+        ended_well, printed = run_command(ranks, lines, tmp_path, stop_after=2 * (i + 1))
+        assert i == 0 or any(f"resumed at step {2 * i} " in line for line in printed), printed
+        assert not ended_well and "interrupted for the test" in printed, printed
+    for row, expected in zip(exact(tmp_path), exact(tmp_path / "one"), strict=True):
+        assert row == pytest.approx(expected, rel=1e-9)
+
+
 def test_work_after_the_last_checkpoint_is_repeated(straight, text, tmp_path):
     """Killed at step 13, resumed from step 10: steps 11 to 13 are run again, and give the same numbers."""
     in_parts(tmp_path, text, (4, 13), (4, 20))

@@ -8,10 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from model import ModelArgs, Transformer
+from model import IGNORE_INDEX, ModelArgs, Transformer
+from model.head import HeadCore
 from training.distributed import init_distributed, require_equal_on_all_ranks
-from training.loss import IGNORE_INDEX, cross_entropy_sum
 from training.lr_schedule import learning_rate
 from training.metrics import PEAK_FLOPS
 from training.optimizer import build_optimizer, clip_grad_norm
@@ -53,7 +56,7 @@ def test_only_matrices_are_decayed():
     for tied in (False, True):
         model = Transformer(ModelArgs(**shape, tie_embeddings=tied))
         for decay_embeddings in (False, True):
-            optimizer = build_optimizer(model.named_parameters(), **options, decay_embeddings=decay_embeddings)
+            optimizer = build_optimizer(dict(model.named_parameters()), **options, decay_embeddings=decay_embeddings)
             decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
             assert decay.keys() == set(model.parameters())
             for name, p in model.named_parameters():
@@ -61,23 +64,56 @@ def test_only_matrices_are_decayed():
                 assert decay[p] == (0.0 if spared else 0.1), name
 
 
-def test_loss_is_a_sum_over_valid_labels():
-    """Ignored labels add nothing to loss or gradient; logits of low precision are summed in float32."""
+@pytest.mark.parametrize("chunk_size", [0, 1, 4, 10, 64])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_head_and_loss_equal_torch(chunk_size, dtype, tolerance):
+    """The sum over valid labels and both gradients equal F.cross_entropy of all logits at once, whatever the chunks;
+    ignored labels add nothing; low precision is summed in float32."""
     torch.manual_seed(0)
-    logits = torch.randn(2, 5, 11, requires_grad=True)
+    h = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 8, dtype=dtype, requires_grad=True)
     labels = torch.randint(11, (2, 5))
     labels[0, 3] = labels[1, :2] = IGNORE_INDEX
-    loss = cross_entropy_sum(logits, labels)
-    valid = labels != IGNORE_INDEX
-    expected = -F.log_softmax(logits, -1)[valid].gather(1, labels[valid][:, None]).sum()
-    torch.testing.assert_close(loss, expected)
-    loss.backward()
-    assert (logits.grad[~valid] == 0).all() and (logits.grad[valid] != 0).all()
-    assert cross_entropy_sum(logits.bfloat16(), labels).dtype == torch.float32
-    assert cross_entropy_sum(logits.double(), labels).dtype == torch.float64
+    wide = torch.promote_types(dtype, torch.float32)
+    logits = F.linear(h, weight).to(wide).flatten(0, 1)
+    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
+    loss = HeadCore(chunk_size)(h, weight, labels)
+    assert loss.dtype == wide
+    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
+    ours, theirs = (torch.autograd.grad(value / 3, (h, weight)) for value in (loss, expected))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    assert (ours[0][labels == IGNORE_INDEX] == 0).all()
 
 
-def test_gradient_norm_equals_torch():
+def test_chunks_bound_the_logits():
+    """No tensor of forward or backward is as large as all logits when they are made in chunks."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(result):
+                self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+            return result
+
+    h, weight = torch.randn(1, 64, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
+    labels = torch.randint(100, (1, 64))
+    for chunk_size, largest in ((0, 6400), (16, 1600)):
+        with Largest() as seen:
+            HeadCore(chunk_size)(h, weight, labels).backward()
+        assert seen.numel == largest
+
+
+@pytest.fixture
+def pp():
+    """A pipeline axis of one rank, this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_gradient_norm_equals_torch(pp):
     """Norm and clipped gradients agree with torch's on plain parameters; 0 only measures; parameters without a
     gradient do not matter."""
     torch.manual_seed(0)
@@ -91,21 +127,21 @@ def test_gradient_norm_equals_torch():
 
     for max_norm in (0.5, 100.0):
         ours, theirs = parameters(), parameters()
-        norm = clip_grad_norm(ours, max_norm, torch.device("cpu"))
+        norm = clip_grad_norm(ours, max_norm, pp, torch.device("cpu"))
         assert norm == pytest.approx(torch.nn.utils.clip_grad_norm_(theirs, max_norm).item(), rel=1e-6)
         for a, b in zip(ours[:2], theirs[:2], strict=True):
             torch.testing.assert_close(a.grad, b.grad)
     measured = parameters()
     before = [p.grad.clone() for p in measured[:2]]
-    clip_grad_norm(measured, 0.0, torch.device("cpu"))
+    clip_grad_norm(measured, 0.0, pp, torch.device("cpu"))
     assert all(torch.equal(p.grad, b) for p, b in zip(measured, before, strict=False))
 
 
-def test_norm_of_bfloat16_gradients_is_not_rounded():
+def test_norm_of_bfloat16_gradients_is_not_rounded(pp):
     """Squares are summed in float32: a million ones have the norm 1000, not what bfloat16 can hold of it."""
     p = torch.nn.Parameter(torch.ones(1000, 1003, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
-    assert clip_grad_norm([p], 0.0, torch.device("cpu")) == pytest.approx(math.sqrt(1003000), rel=1e-6)
+    assert clip_grad_norm([p], 0.0, pp, torch.device("cpu")) == pytest.approx(math.sqrt(1003000), rel=1e-6)
 
 
 def _refused_difference():

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 
 
 def build_optimizer(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    parameters: dict[str, nn.Parameter],
     *,
     name: str,
     lr: float,
@@ -25,7 +26,7 @@ def build_optimizer(
     """Adam or AdamW, fused. Norms (1-D parameters) are never decayed; the token embedding only if decay_embeddings
     (a tied head is the embedding)."""
     decayed, spared = [], []
-    for parameter_name, parameter in named_parameters:
+    for parameter_name, parameter in parameters.items():
         is_embedding = parameter_name.startswith("tok_embeddings.")
         spare = parameter.ndim < 2 or (is_embedding and not decay_embeddings)
         (spared if spare else decayed).append(parameter)
@@ -34,12 +35,15 @@ def build_optimizer(
 
 
 @torch.no_grad()
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, device: torch.device) -> float:
+def clip_grad_norm(
+    parameters: Iterable[nn.Parameter], max_norm: float, pp_mesh: DeviceMesh, device: torch.device
+) -> float:
     """The L2 norm of the whole model's gradient, in float32 at least; gradients are scaled in place so that it becomes
     at most max_norm (0: only measured). Every rank gets the same number. A collective.
 
     Parameters may live on different meshes (experts and the rest do), where torch's own function refuses them. Each
-    gradient's squares are summed over exactly the axes that it is sharded on, whatever its mesh.
+    gradient's squares are summed over exactly the axes that it is sharded on, whatever its mesh, and all of them over
+    the pipeline's stages: clipping each stage by its own norm would train another model (pytorch/torchtitan #596).
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     squares: dict[tuple, Tensor | float] = defaultdict(float)
@@ -51,12 +55,13 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float, device: 
         local = _local(grad)
         norm = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))
         squares[axes] += norm.square()
-    total = torch.zeros((), device=device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for axes, square in squares.items():
         square = square.to(device)  # gradients of offloaded parameters are on the CPU
         for mesh, axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
         total = total + square
+    dist.all_reduce(total, group=pp_mesh.get_group())
     norm = math.sqrt(total.item())
     if max_norm > 0 and norm > max_norm:
         for grad in grads:

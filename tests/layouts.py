@@ -1,0 +1,138 @@
+"""The layouts whose equality with one process is tested: every combination that fits 8 ranks, and every option."""
+
+from dataclasses import dataclass, field
+from itertools import cycle, product
+
+SHORT = {  # option: its short name, as in "tp 2"
+    "pp": "parallelism.pipeline_parallel_degree",
+    "replicate": "parallelism.data_parallel_replicate_degree",
+    "fsdp": "parallelism.data_parallel_shard_degree",
+    "cp": "parallelism.context_parallel_degree",
+    "tp": "parallelism.tensor_parallel_degree",
+}
+GLOBAL_BATCH = 8  # sequences a step
+MODELS = {  # what is trained; the reference is one process, all eight sequences at once
+    "grouped": {},
+    "multi-head": {"model.n_kv_heads": "8"},
+    "multi-query": {"model.n_kv_heads": "1"},
+    "tied": {"model.tie_embeddings": "true"},
+    "4 layers": {"model.n_layers": "4"},
+    "4 layers, tied": {"model.n_layers": "4", "model.tie_embeddings": "true"},
+    "8 layers": {"model.n_layers": "8"},
+}
+
+
+@dataclass
+class Layout:
+    """degrees by short name; accumulation: into how many microbatches a rank's share of the step is cut."""
+
+    degrees: dict[str, int]
+    model: str = "grouped"
+    accumulation: int = 1
+    options: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> int:
+        result = 1
+        for degree in self.degrees.values():
+            result *= degree
+        return result
+
+    @property
+    def name(self) -> str:
+        degrees = " ".join(f"{axis}{n}" for axis, n in self.degrees.items() if n > 1) or "alone"
+        named = {
+            "model": self.model if self.model != "grouped" else "",
+            "accumulation": f"{self.accumulation} accumulations" if self.accumulation > 1 else "",
+        }
+        options = [f"{key.split('.')[1]}={value}" for key, value in self.options.items()]
+        return ", ".join([degrees, *(v for v in named.values() if v), *options])
+
+    @property
+    def is_v_shaped(self) -> bool:
+        return self.options.get("parallelism.pipeline_parallel_schedule") in ("ZBVZeroBubble", "DualPipeV")
+
+    def settings(self) -> dict[str, str]:
+        ranks_that_read = self.degrees["replicate"] * self.degrees["fsdp"]
+        return {
+            **{SHORT[axis]: str(n) for axis, n in self.degrees.items()},
+            **MODELS[self.model],
+            "training.local_batch_size": str(GLOBAL_BATCH // ranks_that_read // self.accumulation),
+            **self.options,
+        }
+
+
+def layout(pp=1, replicate=1, fsdp=1, cp=1, tp=1, model="grouped", accumulation=1, **options) -> Layout:
+    degrees = dict(pp=pp, replicate=replicate, fsdp=fsdp, cp=cp, tp=tp)
+    return Layout(degrees, model, accumulation, {k.replace("__", "."): str(v) for k, v in options.items()})
+
+
+def every_combination() -> list[Layout]:
+    """{fsdp, hsdp} x tp {1, 2, 4} x cp {1, 2, 4} x pp {1, 2, 4} on at most 8 ranks; the other options take turns."""
+    accumulations, methods, chunks = cycle((1, 2)), cycle(("allgather", "alltoall")), cycle((0, 24, 5, 2048))
+    recomputation = cycle(("none", "full", "selective"))
+    layouts = []
+    for kind, tp, cp, pp in product(("fsdp", "hsdp"), (1, 2, 4), (1, 2, 4), (1, 2, 4)):
+        rest = 8 // (tp * cp * pp)
+        if rest < (2 if kind == "hsdp" else 1):
+            continue
+        replicate = 2 if kind == "hsdp" else 1
+        made = layout(
+            pp, replicate, min(2, rest // replicate), cp, tp, "4 layers" if pp == 4 else "grouped", next(accumulations)
+        )
+        share = GLOBAL_BATCH // (made.degrees["fsdp"] * replicate)
+        if pp > 1:  # as few microbatches as 1F1B allows
+            made.accumulation = min(made.accumulation, share // pp)
+            microbatch_size = share // made.accumulation // pp
+            made.options["parallelism.pipeline_parallel_microbatch_size"] = str(microbatch_size)
+        if cp > 1 and tp * cp <= 4:  # as many key/value heads as there are
+            made.options["parallelism.context_parallel_method"] = next(methods)
+        made.options["training.loss_chunk_size"] = str(next(chunks))
+        made.options["activation_checkpoint.mode"] = next(recomputation)
+        layouts.append(made)
+    return layouts
+
+
+def every_schedule() -> list[Layout]:
+    """Each pipeline schedule with data and with tensor or context parallelism, and over four ranks."""
+    layouts, name = [], "parallelism__pipeline_parallel_schedule"
+    for i, schedule in enumerate(("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")):
+        per_rank = 1 if schedule in ("GPipe", "1F1B") else 2
+        model = {1: "tied", 2: "4 layers, tied"}[per_rank]
+        layouts.append(layout(2, fsdp=2, model=model, **{name: schedule}))
+        layouts.append(
+            layout(2, **({"tp": 2} if i % 2 else {"cp": 2}), model=model, accumulation=2, **{name: schedule})
+        )
+        model = {1: "4 layers", 2: "8 layers"}[per_rank]
+        layouts.append(layout(4, model=model, accumulation=2, **{name: schedule}))
+    for schedule in ("ZBVZeroBubble", "DualPipeV"):
+        layouts.append(layout(2, replicate=2, model="4 layers, tied", **{name: schedule}))
+        layouts.append(layout(2, tp=2, model="4 layers", accumulation=2, **{name: schedule}))
+        layouts.append(layout(4, model="8 layers", **{name: schedule}))
+    return layouts
+
+
+def more() -> list[Layout]:
+    """Data parallelism alone, attention's and the embedding's kinds, stages a rank."""
+    freed = "parallelism__fsdp_reshard_after_forward"
+    return [
+        layout(accumulation=8),
+        layout(fsdp=4, accumulation=2),
+        layout(fsdp=8),
+        layout(fsdp=4, **{freed: "never"}),
+        layout(replicate=2, fsdp=4),
+        layout(replicate=2, accumulation=4),
+        layout(replicate=2, fsdp=2, model="tied", accumulation=2),
+        layout(fsdp=2, model="multi-query"),
+        layout(fsdp=2, tp=2, model="tied", accumulation=2, training__loss_chunk_size=7),
+        layout(fsdp=2, tp=2, model="multi-head"),
+        layout(fsdp=2, cp=2, model="multi-query", accumulation=2),
+        layout(fsdp=2, cp=2, model="tied", parallelism__context_parallel_method="alltoall"),
+        layout(pp=2, cp=2, model="multi-query", accumulation=2),
+        layout(pp=2, tp=2, model="tied"),
+        layout(2, model="8 layers", parallelism__pipeline_parallel_schedule="Interleaved1F1B",
+               parallelism__pipeline_parallel_stages_per_rank=4),
+    ]  # fmt: skip
+
+
+LAYOUTS = {made.name: made for made in every_combination() + every_schedule() + more()}

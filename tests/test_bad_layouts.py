@@ -1,0 +1,112 @@
+"""A layout that cannot be is one clear line, with the numbers and what to write instead."""
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from runs import TINY, argv
+from torch.testing._internal.distributed.fake_pg import FakeStore  # see test_recipes.py
+
+from config import load_config
+from parallelize import build_mesh
+
+TP, CP, PP = (f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline"))
+SCHEDULE, MICROBATCH = "parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_microbatch_size"
+BATCH, MODE = "training.local_batch_size", "activation_checkpoint.mode"
+
+CASES = [  # options of a run on eight ranks, and what the message says
+    ({TP: 3, CP: 3}, "context_parallel_degree 3 x tensor_parallel_degree 3 does not multiply to the number of ranks"),
+    ({TP: 2, "model.n_heads": 3, "model.n_kv_heads": 3}, "tensor_parallel_degree (2) must divide model.n_heads (3)"),
+    ({TP: 8}, "tensor_parallel_degree (8) must divide model.n_kv_heads (4); use one of [1, 2, 4]."),
+    ({TP: 2, "model.ffn_dim": 61}, "must divide model.ffn_dim (61)"),
+    ({TP: 2, "model.vocab_size": 269}, "must divide model.vocab_size (269)"),
+    ({TP: 4, CP: 2, "training.seq_len": 36}, "must divide the sequence length of a context rank (18)"),
+    ({CP: 4, "training.seq_len": 36}, "training.seq_len (36) must be a multiple of 2 x"
+     " parallelism.context_parallel_degree (4): each rank takes one part from the head and one from the tail;"
+     " use 32 or 40."),
+    ({CP: 4, TP: 2, "parallelism.context_parallel_method": "alltoall"},
+     '"alltoall" needs context_parallel_degree (4) to divide model.n_kv_heads / tensor_parallel_degree (4 / 2 = 2); use'
+     ' "allgather".'),
+    ({PP: 4}, "pipeline_parallel_degree (4) x 1 stages a rank needs 4 layers, model.n_layers is 2; use a degree of"
+     " at most 2."),
+    ({PP: 2, SCHEDULE: "Interleaved1F1B"}, "(2) x 2 stages a rank needs 4 layers, model.n_layers is 2"),
+    ({PP: 2, BATCH: 1}, "1F1B with 2 stages needs at least 2 microbatches, but training.local_batch_size (1) /"
+     " parallelism.pipeline_parallel_microbatch_size (1) gives 1; change one of them."),
+    ({PP: 2, BATCH: 4, MICROBATCH: 3}, "pipeline_parallel_microbatch_size (3) must divide training.local_batch_size"
+     " (4); use one of [1, 2, 4]."),
+    ({PP: 2, BATCH: 5, SCHEDULE: "Interleaved1F1B", "model.n_layers": 4}, "microbatches in rounds: a multiple of 2"),
+    ({PP: 2, BATCH: 5, SCHEDULE: "InterleavedZeroBubble", "model.n_layers": 4}, "a multiple of 2"),
+    ({PP: 2, BATCH: 2, SCHEDULE: "DualPipeV", "model.n_layers": 4}, "DualPipeV with 4 stages needs at least 4 micro"),
+    ({PP: 2, SCHEDULE: "GPipe", "parallelism.pipeline_parallel_stages_per_rank": 2}, "(2) must be 1 for GPipe."),
+    ({PP: 2, SCHEDULE: "ZBVZeroBubble", "parallelism.pipeline_parallel_stages_per_rank": 3}, "(3) must be 2 for ZBV"),
+    ({MODE: "selective", "activation_checkpoint.selective_option": "3"}, "a number n from 1 to 2 (model.n_layers)"),
+    ({"compile.enable": "true", "compile.backend": "inductr"}, 'compile.backend ("inductr") must be one of'),
+    ({"float8.enable": "true", "training.dtype": "float32"}, "needs a GPU of compute capability 8.9"),
+]  # fmt: skip
+
+
+def _messages(cases: list[dict]) -> list[str]:
+    """What train.py says to each, on rank 0 of a group of eight that is only told to exist."""
+    import train
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    messages = []
+    for options in cases:
+        try:
+            config = load_config(argv(TINY, {BATCH: 8}, options))
+            mesh = build_mesh(train.degrees_of(config), "cpu", 8)
+            stages = train.build_stages(config, train.model_args_of(config), mesh, "cpu", log=lambda _: None)
+            train.build_forward_backward(config, stages, mesh, torch.device("cpu"))
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def messages():
+    return run_ranks(1, _messages, [options for options, _ in CASES])[0]
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_layout_is_refused(number, messages):
+    """In one line, that says which option, its value, and what would fit."""
+    assert CASES[number][1] in messages[number] and "\n" not in messages[number], messages[number]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {SCHEDULE: "GPipe"},
+            "pipeline_parallel_schedule has no effect without parallelism.pipeline_parallel_degree",
+        ),
+        ({MICROBATCH: 2}, "pipeline_parallel_microbatch_size has no effect without"),
+        ({"parallelism.context_parallel_method": "alltoall"}, "context_parallel_method has no effect without"),
+        (
+            {"parallelism.enable_async_tensor_parallel": "true"},
+            "has no effect without parallelism.tensor_paral",
+        ),
+        ({"parallelism.enable_async_tensor_parallel": "true", TP: 2}, "has no effect without compile.enable true"),
+        ({"activation_checkpoint.selective_option": "2"}, "has no effect without activation_checkpoint.mode select"),
+        (
+            {"activation_checkpoint.memory_budget": 0.3},
+            "has no effect without activation_checkpoint.mode memory",
+        ),
+        ({MODE: "memory_budget"}, "is the compiler's; add --compile.enable true."),
+        ({"compile.backend": "eager"}, "compile.backend has no effect without compile.enable true"),
+        (
+            {"float8.recipe": "rowwise"},
+            "float8.recipe has no effect without float8.enable true; add --float8.en",
+        ),
+        ({PP: 2, SCHEDULE: "ZBVZeroBubble", MODE: "full"}, "activation_checkpoint.mode does not fit ZBVZeroBubble"),
+        ({PP: 2, SCHEDULE: "InterleavedZeroBubble", "compile.enable": "true"}, "compile.enable does not fit"),
+        ({PP: 2, SCHEDULE: "2F2B"}, "pipeline_parallel_schedule: expected"),
+    ],
+)
+def test_option_without_effect_is_refused(options, message):
+    """Nothing that was configured is ignored in silence."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(argv(options))
