@@ -152,6 +152,7 @@ def main(config: Config) -> None:
 
     forward_backward = build_forward_backward(config, stages, mesh, device)
 
+    keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
     metrics.start()
     while step < training.steps:
         # ---------------------------------------------------------------------------------------- the step
@@ -160,7 +161,7 @@ def main(config: Config) -> None:
         num_tokens = count_valid_tokens(microbatches, mesh.loss)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(microbatches):
-            set_last_microbatch(stages, is_last=i == len(microbatches) - 1)
+            set_last_microbatch(stages, is_last=i == len(microbatches) - 1, keeps_weights=keeps_weights)
             loss = loss + forward_backward(batch, num_tokens)
         tied.add_gradient()
         grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)

@@ -54,6 +54,15 @@ def parallelize(
     degrees = mesh.degrees
     apply_context_parallel(stage, mesh.cp, method=context_parallel_method, seq_len=seq_len, tp=degrees.tp)
     apply_tensor_parallel(stage, mesh.tp, seq_len=seq_len // degrees.cp, use_async=async_tensor_parallel)
+    recomputes_collectives = recompute_mode in ("full", "memory_budget") or (
+        recompute_mode == "selective" and recompute_option != "op"
+    )
+    if compile_backend and degrees.tp > 1 and recomputes_collectives and torch.__version__ >= "2.12":
+        # Its compiler takes the DeviceMesh of a recomputed collective for a tensor (seen in 2.13, not in 2.11).
+        raise ValueError(
+            f"torch {torch.__version__} cannot compile blocks that recompute the collectives of tensor parallelism; "
+            'set activation_checkpoint.mode to "selective" with selective_option "op", which keeps them, or to "none".'
+        )
     apply_activation_checkpoint(stage, mode=recompute_mode, selective=recompute_option, memory_budget=memory_budget)
     if compile_backend is not None:
         apply_compile(stage, backend=compile_backend)

@@ -35,9 +35,10 @@ from collections import Counter
 from types import MethodType
 
 import torch
-import torch._functorch.config  # compat: the partitioner's memory budget has no public setter for all versions
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from parallelize.compat import set_activation_memory_budget
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
@@ -81,7 +82,7 @@ def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, 
     if mode == "memory_budget" and not 0 <= memory_budget <= 1:
         raise ValueError(f"activation_checkpoint.memory_budget ({memory_budget}) must be from 0 to 1.")
     # An option of the whole process, so it is set back for a model that does not ask for it.
-    torch._functorch.config.activation_memory_budget = memory_budget if mode == "memory_budget" else 1.0
+    set_activation_memory_budget(memory_budget if mode == "memory_budget" else 1.0)
     if mode == "full":
         _recompute(model, _forward_recomputing_all, every=1)
     elif mode == "selective" and selective == "op":
@@ -90,8 +91,8 @@ def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, 
         n_layers = model.args.n_layers
         if not (selective.isdecimal() and 1 <= int(selective) <= n_layers):
             raise ValueError(
-                f'activation_checkpoint.selective_option ("{selective}") must be "op" or a number n from 1 to {n_layers} '
-                "(model.n_layers): every n-th block is recomputed."
+                f'activation_checkpoint.selective_option ("{selective}") must be "op" or a number n from 1 to '
+                f"{n_layers} (model.n_layers): every n-th block is recomputed."
             )
         _recompute(model, _forward_recomputing_all, every=int(selective))
 

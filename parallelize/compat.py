@@ -9,7 +9,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 # the public Shard does not cover it. Needed to know which elements a rank holds.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = ["StridedShard", "all_to_all_single_autograd", "enable_micro_pipelining"]
+__all__ = ["StridedShard", "all_to_all_single_autograd", "enable_micro_pipelining", "set_activation_memory_budget"]
 
 
 def enable_micro_pipelining(group: dist.ProcessGroup) -> None:
@@ -19,3 +19,11 @@ def enable_micro_pipelining(group: dist.ProcessGroup) -> None:
 
     torch._inductor.config._micro_pipeline_tp = True
     enable_symm_mem_for_group(group.group_name)
+
+
+def set_activation_memory_budget(budget: float) -> None:
+    """How much of the activations the compiler's partitioner may keep (0 to 1, 1 being its own choice): an option of
+    the whole process, without a public setter."""
+    import torch._functorch.config
+
+    torch._functorch.config.activation_memory_budget = budget

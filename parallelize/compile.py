@@ -3,7 +3,7 @@
 Idea: Dynamo reads a block's Python once and turns it into one graph, the backend (inductor) fuses the element-wise work
 around the matrix products into few kernels. All blocks of a model are the same code on the same shapes, so compiling a
 block and not the whole model costs one compilation, whatever the number of layers, and leaves to FSDP the seams between
-blocks where it gathers and frees weights.
+blocks where it gathers and frees weights. The loss is compiled too: its float32 logits then exist in registers only.
 
 Graphs are whole (`fullgraph`): a spot that cannot be compiled is an error, not a silent break that costs the speed it
 was meant to bring. They hold for one shape: batch and sequence do not change between the steps of a training run, and a
@@ -21,10 +21,18 @@ from torch import nn
 
 
 def apply_compile(model: nn.Module, *, backend: str) -> None:
-    """Compiles every block of model in place, at its first call; after recomputation and before FSDP. ValueError for a
-    backend that torch does not know."""
+    """Compiles every block of model and its loss, in place, at their first call; after recomputation and before FSDP.
+    ValueError for a backend that torch does not know."""
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends())
         raise ValueError(f'compile.backend ("{backend}") must be one of {known}; to debug, aot_eager or eager.')
+    options = dict(fullgraph=True, dynamic=False, backend=backend)
     for block in model.layers.values():
-        block.compile(fullgraph=True, dynamic=False, backend=backend)
+        block.compile(**options)
+    if model.output is not None:
+        # The loss of a chunk, in two parts: between them, ranks that share the vocabulary exchange what they found.
+        core = model.output.core
+        core.statistics, core.gradient = (
+            torch.compile(core.statistics, **options),
+            torch.compile(core.gradient, **options),
+        )

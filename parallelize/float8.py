@@ -86,7 +86,9 @@ def apply_float8(
     if recipe not in RECIPES:
         raise ValueError(f'float8.recipe ("{recipe}") must be one of {", ".join(RECIPES)}.')
     if fsdp_all_gather and recipe != "tensorwise":
-        raise ValueError(f'float8.enable_fsdp_float8_all_gather needs float8.recipe "tensorwise", not "{recipe}"; change one.')
+        raise ValueError(
+            f'float8.enable_fsdp_float8_all_gather needs float8.recipe "tensorwise", not "{recipe}"; change one.'
+        )
     if not emulate:
         _require_hardware(recipe, device_type)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -119,8 +121,8 @@ def update_float8_scales(model: nn.Module) -> None:
         # torchao does not pad: ranks would send different lengths, and wait for each other.
         if weight.to_local().numel() * parts != weight.numel():
             raise ValueError(
-                f"float8.enable_fsdp_float8_all_gather: {name} {tuple(weight.shape)} cannot be cut into {parts} equal parts; use a "
-                "number of ranks that divides its sizes, add the layer to float8.skip, or leave the option out."
+                f"float8.enable_fsdp_float8_all_gather: {name} {tuple(weight.shape)} cannot be cut into {parts} equal "
+                "parts; use a number of ranks that divides its sizes, add the layer to float8.skip, or leave it out."
             )
     with _quiet("torch.distributed.tensor._redistribute"):  # it reduces over one axis after the other
         _import_torchao().precompute_float8_dynamic_scale_for_fsdp(model)

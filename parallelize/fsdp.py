@@ -10,8 +10,8 @@ Weights are communicated in groups: each block, the embedding, the head with the
 head's). For each group of P elements (rows of its weights rounded up to a multiple of N), of b bytes in param_dtype and
 s in reduce_dtype, with M microbatches a step:
 
-    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block and the embedding (M when weights
-                    are not freed after forward), M for the head, and 1 more when M > 1, which torch prefetches
+    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and the head;
+                    1 for each when weights are not freed after forward
                     M reduce-scatters, P s (N-1)/N each
     dp_replicate    when R > 1, one all-reduce of the gradient's shard: 2 P/N s (R-1)/R
 
@@ -57,6 +57,7 @@ def apply_fsdp(
     if not model.args.tie_embeddings:
         if model.tok_embeddings is not None:
             fully_shard(model.tok_embeddings, **policy, reshard_after_forward=reshard_after_forward)
+            model.tok_embeddings.set_unshard_in_backward(False)  # its gradient does not depend on its weight
         if model.output is not None:
             # Backward begins with the head at once: freeing it after forward would only gather it again.
             fully_shard([model.norm, model.output], **policy, reshard_after_forward=False)
@@ -72,9 +73,9 @@ def apply_fsdp(
                 use_direct_messages(module)
 
 
-def set_last_microbatch(stages: list[nn.Module], *, is_last: bool) -> None:
+def set_last_microbatch(stages: list[nn.Module], *, is_last: bool, keeps_weights: bool) -> None:
     """Tells FSDP whether this backward, or pipeline schedule, ends the optimizer step: only then are the R copies'
-    gradients summed.
+    gradients summed, and gathered weights freed if keeps_weights.
 
     Gradients are still reduce-scattered in every microbatch: keeping them whole until the last one would save
     communication, but cost each rank the memory of a full gradient.
@@ -82,4 +83,4 @@ def set_last_microbatch(stages: list[nn.Module], *, is_last: bool) -> None:
     for stage in stages:
         if isinstance(stage, FSDPModule):
             stage.set_requires_all_reduce(is_last)
-            stage.set_is_last_backward(is_last)
+            stage.set_reshard_after_backward(is_last or not keeps_weights)

@@ -158,8 +158,8 @@ class TiedEmbedding:
     """Embedding and head are one weight, but on different stages: the first stage owns it, the last one has a copy.
 
     The copy's gradient is added to the owner's, the owner's value is copied back. So norm, optimizer and checkpoint
-    know of one weight, wherever its users are. Does nothing where there is no such copy. Every method is a collective of the
-    pp axis; a rank sends or receives its shard of the weight.
+    know of one weight, wherever its users are. Does nothing where there is no such copy. Every method is a collective
+    of the pp axis; a rank sends or receives its shard of the weight.
     """
 
     def __init__(self, stages: list[nn.Module], mesh: DeviceMesh, *, schedule: str):

@@ -70,6 +70,13 @@ def messages():
     return run_ranks(1, _messages, [options for options, _ in CASES])[0]
 
 
+def test_what_this_torch_cannot_compile_is_refused():
+    """Recomputed collectives of tensor parallelism, where the compiler fails on them."""
+    options = {TP: 2, "compile.enable": "true", MODE: "full"}
+    found = run_ranks(1, _messages, [options, options | {MODE: "selective"}])[0]
+    assert found[1] == "" and ("cannot compile blocks that recompute" in found[0]) == (torch.__version__ >= "2.12")
+
+
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_layout_is_refused(number, messages):
     """In one line, that says which option, its value, and what would fit."""

@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from runs import whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from model import ModelArgs, Transformer
-from parallelize import Degrees, build_mesh, init_weights
+from parallelize import Degrees, build_mesh, init_weights, split_into_stages
+from parallelize.fsdp import apply_fsdp
 from parallelize.init import held_indices
+from parallelize.tensor import apply_tensor_parallel
 from training.distributed import init_distributed
 
 
@@ -119,26 +122,33 @@ def test_held_indices_are_what_a_rank_holds():
     assert run_ranks(4, _held_elements) == [52] * 4
 
 
-def _initial_weights(shape: dict):
-    """Whole parameters, gathered from an initialisation that was sharded over all ranks."""
+def _initial_weights(shape: dict, degrees: dict):
+    """What this rank holds of each parameter: (whole shape, indices, values) by name."""
     init_distributed("cpu", 60)
     args = ModelArgs(**shape)
     with torch.device("meta"):
         model = Transformer(args)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.layers.values():
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    model.to_empty(device="cpu")
-    init_weights(model, args, seed=3)
-    return {name: p.full_tensor() for name, p in model.named_parameters()}
+    mesh = build_mesh(Degrees(**degrees), "cpu", dist.get_world_size())
+    held = {}
+    for stage in split_into_stages(model, mesh.pp, schedule="Interleaved1F1B", stages_per_rank=0):
+        apply_tensor_parallel(stage, mesh.tp, seq_len=16, use_async=False)
+        precision = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        apply_fsdp(stage, mesh.data_parallel, **precision, reshard_after_forward=True, cpu_offload=False)
+        stage.to_empty(device="cpu")
+        init_weights(stage, args, seed=3)
+        for name, p in stage.named_parameters():
+            held[name] = (p.shape, held_indices(p), p.to_local().detach() if isinstance(p, DTensor) else p.detach())
+    return held
 
 
 def test_initial_weights_do_not_depend_on_the_layout():
-    """Bitwise equal on 1, 3 and 8 ranks, where parameters divide evenly, unevenly, and into fewer rows than ranks."""
-    shape = dict(dim=36, n_layers=2, n_heads=6, n_kv_heads=1, ffn_dim=50, vocab_size=61)
-    one = run_ranks(1, _initial_weights, shape)[0]
-    for ranks in (3, 8):
-        many = run_ranks(ranks, _initial_weights, shape)
-        assert one.keys() == many[0].keys()
-        assert all(torch.equal(one[name], result[name]) for result in many for name in one)
+    """Bitwise equal on one rank, and sharded, cut and split: evenly, unevenly, and into fewer rows than ranks."""
+    shape = dict(dim=36, n_layers=4, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=62)
+    one = whole(run_ranks(1, _initial_weights, shape, {}))
+    layouts = [
+        (3, {}), (8, {}), (8, dict(dp_replicate=2)), (2, dict(tp=2)), (8, dict(tp=2)), (2, dict(pp=2)),
+        (8, dict(pp=2, cp=2, tp=2)),
+    ]  # fmt: skip
+    for ranks, degrees in layouts:
+        many = whole(run_ranks(ranks, _initial_weights, shape, degrees))
+        assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one), (ranks, degrees)

@@ -1,0 +1,389 @@
+"""What a parallelism sends in a step is what its docstring says: every collective, and the bytes of each.
+
+The real `train.main` runs as one rank of a fake process group, on which nothing is sent and everything is counted, by
+torch's CommDebugMode. (Pipelines run on gloo ranks: torch 2.13 waits for what a first message says.) Each formula
+stands here as a function of its docstring's symbols. The second step is counted; the first one also says hello.
+
+Bytes are those that a rank receives. Of an all-gather, a reduce-scatter or an all-to-all over n ranks: (n-1)/n of the
+larger side; of an all-reduce, which is the first two in a row: twice that; of a message: all.
+"""
+
+from collections import Counter
+from contextlib import nullcontext
+from math import ceil
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from runs import TINY, argv, options, write_ragged_text
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+
+DIM, L, F, V, H, K, SEQ, BATCH = 64, 3, 96, 272, 8, 4, 32, 8  # V: vocabulary; BATCH: sequences a step, of all ranks
+D = DIM // H  # size of a head
+SIZES = options(
+    model__dim=DIM, model__n_layers=L, model__ffn_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=K,
+    training__seq_len=SEQ, training__global_batch_size=BATCH, training__steps=2,
+)  # fmt: skip
+MIXED = options(
+    training__dtype="float32", training__mixed_precision_param="bfloat16", training__mixed_precision_reduce="float32"
+)
+KINDS = {  # torch's names
+    "_allgather_base_": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "_reduce_scatter_base_": "reduce-scatter",
+    "reduce_scatter_tensor": "reduce-scatter",
+    "allreduce_": "all-reduce",
+    "all_reduce": "all-reduce",
+    "all_to_all_single": "all-to-all",
+    "send": "send",
+    "recv_": "receive",
+}
+LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # in the collectives' namespaces, but they send nothing
+
+
+class Recorder(CommDebugMode):
+    """CommDebugMode that also notes the group and the bytes of each collective, and messages, which it does not count:
+    they too go through torch's dispatcher, whatever function sends them."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter[tuple[str, str, int]] = Counter()  # (kind, name of the group, bytes)
+        # It also tells calls apart by module, which is not asked for here and fails in a second microbatch.
+        self.advanced_module_tracker = NoModules()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        name = func._overloadpacket.__name__
+        # (A DTensor's operation comes again, as those on its local part.)
+        if result is not NotImplemented and func.namespace in ("c10d", "_c10d_functional") and name not in LOCAL:
+            kind, group = KINDS[name], group_of(args)
+            larger = max(t.numel() * t.element_size() for t in tree_leaves((args, result)) if torch.is_tensor(t))
+            self.calls[kind, group.group_name, moved(kind, larger, group.size())] += 1
+        return result
+
+
+class NoModules(nullcontext):
+    name, is_bw, activation_checkpointing, module_parents_dict = "", False, False, {"": ()}
+
+
+def group_of(args) -> dist.ProcessGroup:
+    """A functional collective is given its group's name, the others the group itself."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in arg._type().name():
+            return dist.ProcessGroup.unbox(arg)
+    return torch._C._distributed_c10d._resolve_process_group([arg for arg in args if isinstance(arg, str)][-1])
+
+
+def moved(kind: str, size: int, n: int) -> int:
+    """Bytes that one of n ranks receives, for `size` bytes on the larger side."""
+    if kind in ("send", "receive"):
+        return size
+    size *= 2 if kind == "all-reduce" else 1
+    assert size * (n - 1) % n == 0, "sizes are chosen so that bytes are whole"
+    return size * (n - 1) // n
+
+
+def collective(kind: str, axis: str, size: int, n: int, count: int) -> Counter:
+    return Counter({(kind, axis, moved(kind, size, n)): count})
+
+
+def record_step(fake_ranks: int | None, arguments: list[str]) -> tuple[Counter, dict[str, str]]:
+    """What this rank sends in step 2, and each axis's group. With fake_ranks it is the last one of so many, with
+    weights and gradients that mean nothing."""
+    import train
+    from config import load_config
+
+    recorder, groups = Recorder(), {}
+    build_mesh, count_valid_tokens, clip_grad_norm = train.build_mesh, train.count_valid_tokens, train.clip_grad_norm
+    steps = []
+
+    def build(*args):
+        mesh = build_mesh(*args)
+        parts = dict(pp=mesh.pp, cp=mesh.cp, tp=mesh.tp, loss=mesh.loss)
+        parts |= {axis: mesh.dense[axis] for axis in ("dp_replicate", "fsdp")}
+        groups.update({axis: part.get_group().group_name for axis, part in parts.items()})
+        return mesh
+
+    def begin(*args):
+        steps.append(len(steps) + 1)
+        if steps[-1] == 2:
+            recorder.__enter__()
+        return count_valid_tokens(*args)
+
+    def end(*_, **__):
+        if steps[-1] == 2:
+            recorder.__exit__(None, None, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_mesh", build)
+        patch.setattr(train, "count_valid_tokens", begin)  # a step's first communication
+        patch.setattr(train.Metrics, "log", end)  # comes after its last
+        if fake_ranks:
+            dist.init_process_group("fake", store=FakeStore(), rank=fake_ranks - 1, world_size=fake_ranks)
+            patch.setattr(train, "init_distributed", lambda *_: torch.device("cpu"))
+            patch.setattr(train, "require_equal_on_all_ranks", lambda **_: None)
+            patch.setattr(train, "clip_grad_norm", lambda *args: (clip_grad_norm(*args), 1.0)[1])
+        train.main(load_config(arguments))
+    counted = sum(n for (kind, *_), n in recorder.calls.items() if kind not in ("send", "receive"))
+    assert counted == recorder.get_total_counts(), "the recorder and CommDebugMode see the same collectives"
+    return recorder.calls, groups
+
+
+@pytest.fixture
+def step(tmp_path):
+    """A function of (number of ranks, options, gloo) that runs a step: its traffic, on gloo that of every rank."""
+    text = options(data__path=str(write_ragged_text(tmp_path)))
+
+    def run(ranks: int, gloo: bool = False, sizes: dict = SIZES, mixed: bool = False, **settings):
+        folders = {"job.dump_folder": str(tmp_path / "run"), "data.cache_folder": str(tmp_path / "cache")}
+        arguments = argv(TINY, sizes, text, folders, MIXED if mixed else {}, options(**settings))
+        return run_ranks(ranks if gloo else 1, record_step, None if gloo else ranks, arguments)
+
+    return run
+
+
+def require(traffic: tuple[Counter, dict[str, str]], *formulas: Counter) -> None:
+    """AssertionError unless the calls are those of the formulas, no more and no fewer."""
+    __tracebackhide__ = True
+    calls, groups = traffic
+    # An axis that is all of the ranks is the default group, so that two of them may be one.
+    axes = {group: "=".join(a for a, g in groups.items() if g == group) for group in groups.values()}
+    expected = Counter()
+    for formula in formulas:
+        for (kind, axis, size), count in formula.items():
+            expected[kind, axes[groups[axis]], size] += count
+    assert {(kind, axes[group], size): n for (kind, group, size), n in calls.items()} == {
+        key: n for key, n in expected.items() if n
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ the formulas
+
+
+def of_the_step(loss: int, fsdp: int = 0, tp: int = 1, pp: int = 1, b: int = 8) -> Counter:
+    """training/loss.py: one number of tokens and one loss, 8 bytes each, summed over `loss`; the loss over pp too.
+
+    training/optimizer.py: squares of the gradient, b bytes, summed over the axes that a gradient is sharded on, once
+    for those of matrices (fsdp, and tp where that is) and, under tp, once for those of norms (fsdp); the sum over pp.
+    fsdp = 0: there is none."""
+    result = collective("all-reduce", "loss", 8, loss, 2) + collective("all-reduce", "pp", 8, pp, 2)
+    if fsdp:
+        result += collective("all-reduce", "fsdp", b, fsdp, 2 if tp > 1 else 1)
+    if tp > 1:
+        result += collective("all-reduce", "tp", b, tp, 1)
+    return result
+
+
+def groups_of_weights(N: int, T: int, F: int = F, V: int = V, K: int = K) -> dict[str, int]:
+    """FSDP's groups: the elements that a tp rank has of each, with rows rounded up to a multiple of N."""
+
+    def elements(*shapes: tuple[int, int]) -> int:
+        return sum(ceil(rows / N) * N * columns for rows, columns in shapes)
+
+    norm, vocabulary = (DIM, 1), (V // T, DIM)
+    by_rows = [(H * D // T, DIM), (K * D // T, DIM), (K * D // T, DIM), (F // T, DIM), (F // T, DIM)]
+    by_columns = [(DIM, H * D // T), (DIM, F // T)]
+    block = elements(*by_rows, *by_columns, norm, norm)
+    head = elements(vocabulary, norm)
+    return {"block": block, "embedding": elements(vocabulary), "head": head, "tied": head}
+
+
+SEPARATE, TIED = {"block": L, "embedding": 1, "head": 1}, {"block": L, "tied": 1}  # how many groups of each kind
+
+
+def of_fsdp(
+    N: int, R: int = 1, M: int = 1, T: int = 1, b: int = 8, s: int = 8, freed: bool = True, groups=SEPARATE, **model
+) -> Counter:
+    """parallelize/fsdp.py, for M microbatches; s: bytes of a gradient."""
+    result = Counter()
+    for kind, P in groups_of_weights(N, T, **model).items():
+        count = groups.get(kind, 0)
+        gathers = (2 * M if kind == "block" else M) if freed else 1
+        if N > 1:
+            result += collective("all-gather", "fsdp", P * b, N, gathers * count)
+            result += collective("reduce-scatter", "fsdp", P * s, N, M * count)
+        if R > 1:
+            result += collective("all-reduce", "dp_replicate", P // N * s, R, count)
+    return result
+
+
+def as_messages(formula: Counter, N: int) -> Counter:
+    """parallelize/gloo.py: in each all-gather and reduce-scatter a message to, and one from, every other rank."""
+    result = Counter()
+    for (_, axis, size), count in formula.items():
+        for kind in ("send", "receive"):
+            result[kind, axis, size // (N - 1)] += count * (N - 1)
+    return result
+
+
+def of_tp(T: int, A: int, M: int, b: int = 8, w: int = 8, chunks: tuple[int, ...] = ()) -> Counter:
+    """parallelize/tensor.py, for M microbatches of A elements each; w: bytes of a number of the loss."""
+    result = collective("all-gather", "tp", A * b, T, (4 * L + 2) * M)
+    result += collective("reduce-scatter", "tp", A * b, T, (4 * L + 2) * M)
+    result += collective("all-reduce", "tp", DIM * b, T, (2 * L + 1) * M)
+    for tokens in chunks or (A // DIM,):
+        result += collective("all-gather", "tp", 3 * tokens * w * T, T, M)
+    return result
+
+
+def of_cp_allgather(C: int, tokens: int, M: int, K: int = K, b: int = 8) -> Counter:
+    """parallelize/context.py, for `tokens` (b there) of a rank; sizes in bytes, b an element."""
+    received = 2 * tokens * K * D * (C - 1) * b
+    return Counter({("all-gather", "cp", received): L * M, ("reduce-scatter", "cp", received): L * M})
+
+
+def of_cp_alltoall(C: int, tokens: int, M: int, H: int = H, K: int = K, b: int = 8) -> Counter:
+    """parallelize/context.py: one exchange of queries, keys and values, one of the result; and back."""
+    there = tokens * (H + 2 * K) * D * (C - 1) // C * b
+    back = tokens * H * D * (C - 1) // C * b
+    return Counter({("all-to-all", "cp", there): 2 * L * M}) + Counter({("all-to-all", "cp", back): 2 * L * M})
+
+
+def of_pp(stages: list[int], of: list[list[int]], M: int, size: int) -> Counter:
+    """parallelize/pipeline.py, for the rank with `stages`, `of` being those of every rank: M streams of `size` bytes
+    arrive for each stage whose predecessor is elsewhere, M gradients where the successor is; the same are sent."""
+    last = max(s for rank in of for s in rank)
+    away = sum(n not in stages for stage in stages for n in (stage - 1, stage + 1) if 0 <= n <= last)
+    return Counter({("send", "pp", size): M * away}) + Counter({("receive", "pp", size): M * away})
+
+
+# --------------------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("freed", [True, False])
+@pytest.mark.parametrize("M", [1, 2])
+def test_fsdp(step, freed, M):
+    """Each group of weights is gathered once for forward and, if freed, again for backward, and its gradients are
+    reduce-scattered, in every microbatch; weights and gradients have bytes of their own."""
+    [traffic] = step(
+        4, mixed=True, training__local_batch_size=BATCH // 4 // M,
+        parallelism__fsdp_reshard_after_forward="always" if freed else "never",
+    )  # fmt: skip
+    require(traffic, of_fsdp(N=4, M=M, b=2, s=4, freed=freed), of_the_step(loss=4, fsdp=4, b=4))
+
+
+def test_fsdp_of_weights_that_do_not_divide(step):
+    """Rows are rounded up to a multiple of the ranks: 60 and 268 of them for 8."""
+    sizes = {**SIZES, **options(model__ffn_dim=60, model__vocab_size=268)}
+    [traffic] = step(8, sizes=sizes)
+    require(traffic, of_fsdp(N=8, F=60, V=268), of_the_step(loss=8, fsdp=8))
+
+
+def test_fsdp_with_a_tied_embedding(step):
+    """It is in the root's group, with the last norm, and gathered once."""
+    [traffic] = step(4, model__tie_embeddings="true", training__local_batch_size=2)
+    require(traffic, of_fsdp(N=4, groups=TIED), of_the_step(loss=4, fsdp=4))
+
+
+def test_hsdp(step):
+    """Gradients' shards are summed over the copies of the model once a step, whatever the number of microbatches."""
+    [traffic] = step(8, mixed=True, parallelism__data_parallel_replicate_degree=2, training__global_batch_size=16)
+    require(traffic, of_fsdp(N=4, R=2, M=2, b=2, s=4), of_the_step(loss=8, fsdp=4, b=4))
+
+
+def test_replication(step):
+    """Plain data parallelism: one all-reduce of each group's gradients a step, and nothing is gathered."""
+    [traffic] = step(4, parallelism__data_parallel_replicate_degree=4, training__local_batch_size=1)
+    require(traffic, of_fsdp(N=1, R=4, M=2), of_the_step(loss=4, fsdp=1))
+
+
+@pytest.mark.parametrize("T", [2, 4])
+def test_tensor_parallelism(step, T):
+    """8 L + 4 large collectives a microbatch, the loss's numbers, and a sum for each norm's gradient."""
+    [traffic] = step(T, parallelism__tensor_parallel_degree=T, training__local_batch_size=4)
+    require(traffic, of_tp(T, A=4 * SEQ * DIM, M=2), of_the_step(loss=1, fsdp=1, tp=T))
+
+
+def test_tensor_parallelism_in_mixed_precision_with_a_loss_in_chunks(step):
+    """Activations and norms' gradients have bfloat16's bytes, the loss's numbers float32's, one message a chunk."""
+    [traffic] = step(
+        2, mixed=True, parallelism__tensor_parallel_degree=2, training__local_batch_size=8, training__loss_chunk_size=96
+    )
+    tp = of_tp(2, A=8 * SEQ * DIM, M=1, b=2, w=4, chunks=(96, 96, 64))
+    require(traffic, tp, of_the_step(loss=1, fsdp=1, tp=2, b=4))
+
+
+def test_tensor_parallelism_with_fsdp(step):
+    """The two do not add to each other: FSDP moves what TP leaves of a weight."""
+    [traffic] = step(8, parallelism__tensor_parallel_degree=2, training__local_batch_size=1)
+    tp, fsdp = of_tp(2, A=SEQ * DIM, M=2), of_fsdp(N=4, M=2, T=2)
+    require(traffic, tp, fsdp, of_the_step(loss=4, fsdp=4, tp=2))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8, 1])
+def test_context_parallelism_by_gathering(step, kv_heads):
+    """Keys and values in one message a layer, their gradients in another; the fewer heads, the less. FSDP's axis holds
+    the context ranks too."""
+    [traffic] = step(
+        4, model__n_kv_heads=kv_heads, training__local_batch_size=4, parallelism__context_parallel_degree=4
+    )
+    cp = of_cp_allgather(C=4, tokens=4 * SEQ // 4, M=2, K=kv_heads)
+    require(traffic, cp, of_fsdp(N=4, M=2, K=kv_heads), of_the_step(loss=4, fsdp=4))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8])
+def test_context_parallelism_by_exchanging_heads(step, kv_heads):
+    """Queries, keys and values in one message a layer, the result in another; their gradients in two more."""
+    [traffic] = step(
+        4, model__n_kv_heads=kv_heads, training__local_batch_size=4, parallelism__context_parallel_degree=4,
+        parallelism__context_parallel_method="alltoall",
+    )  # fmt: skip
+    cp = of_cp_alltoall(C=4, tokens=4 * SEQ // 4, M=2, K=kv_heads)
+    require(traffic, cp, of_fsdp(N=4, M=2, K=kv_heads), of_the_step(loss=4, fsdp=4))
+
+
+@pytest.mark.parametrize("method", ["allgather", "alltoall"])
+def test_everything_but_the_pipeline_at_once(step, method):
+    """Copies, FSDP, context and tensor parallelism: each moves what it moves alone, of what the others leave a rank:
+    heads over tp, the sequence over cp, weights over tp."""
+    [traffic] = step(
+        16, mixed=True, training__local_batch_size=1,
+        parallelism__data_parallel_replicate_degree=2, parallelism__context_parallel_degree=2,
+        parallelism__tensor_parallel_degree=2, parallelism__context_parallel_method=method,
+    )  # fmt: skip
+    tokens = SEQ // 2
+    cp = {"allgather": of_cp_allgather(C=2, tokens=tokens, M=2, K=K // 2, b=2),
+          "alltoall": of_cp_alltoall(C=2, tokens=tokens, M=2, H=H // 2, K=K // 2, b=2)}[method]  # fmt: skip
+    tp = of_tp(2, A=tokens * DIM, M=2, b=2, w=4)
+    fsdp = of_fsdp(N=4, R=2, M=2, T=2, b=2, s=4)
+    require(traffic, cp, tp, fsdp, of_the_step(loss=8, fsdp=4, tp=2, b=4))
+
+
+@pytest.mark.parametrize(
+    "schedule, tied, stages",
+    [
+        ("1F1B", True, [[0], [1]]),
+        ("Interleaved1F1B", False, [[0, 2], [1, 3]]),
+        ("ZBVZeroBubble", True, [[0, 3], [1, 2]]),
+    ],
+)
+def test_pipeline(step, schedule, tied, stages):
+    """A stream and a gradient for each microbatch and each border between ranks, whatever the schedule; once a step,
+    where embedding and head are one weight on two ranks, its gradient to the owner and its value back."""
+    is_v = 0 in stages[0] and 3 in stages[0]
+    if is_v and torch.__version__ < "2.12":
+        pytest.skip("gloo cannot send to its own rank before torch 2.12")
+    by_rank = step(
+        2, gloo=True, model__n_layers=4, model__tie_embeddings=str(tied).lower(),
+        training__local_batch_size=4, parallelism__pipeline_parallel_degree=2,
+        parallelism__pipeline_parallel_schedule=schedule, parallelism__pipeline_parallel_microbatch_size=2,
+    )  # fmt: skip
+    schedules, microbatches = 2, 2  # a step accumulates two schedules of two microbatches of two sequences
+    weight = Counter({(kind, "pp", V * DIM * 8): 1 for kind in ("send", "receive") if tied and not is_v})
+    for traffic, own in zip(by_rank, stages, strict=True):
+        pp = of_pp(own, stages, M=schedules * microbatches, size=2 * SEQ * DIM * 8)
+        require(traffic, pp, weight, of_the_step(loss=1, pp=2))
+
+
+def test_pipeline_with_fsdp(step):
+    """A stage's weights are gathered once for all microbatches of a schedule, and its gradients scattered once. On
+    gloo, FSDP's collectives are messages to and from each other rank, of the same bytes."""
+    by_rank = step(4, gloo=True, training__local_batch_size=4, parallelism__pipeline_parallel_degree=2)
+    for rank, traffic in enumerate(by_rank):
+        pp = of_pp([rank // 2], [[0], [1]], M=4, size=SEQ * DIM * 8)
+        groups = [{"block": 2, "embedding": 1}, {"block": 1, "head": 1}][rank // 2]
+        fsdp = as_messages(of_fsdp(N=2, freed=False, groups=groups), N=2)
+        require(traffic, pp, fsdp, of_the_step(loss=2, fsdp=2, pp=2))
