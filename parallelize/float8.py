@@ -33,6 +33,7 @@ Proof: tests/test_float8.py.
 
 import importlib
 import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -190,7 +191,8 @@ def _shortened(names: list[str]) -> str:
 
 def _import_torchao() -> ModuleType:
     """torchao.float8, without remarks on kernels for other torch versions, of which float8 uses none."""
-    with _quiet("torchao", "torch.utils._pytree"):
+    with _quiet("torchao", "torch.utils._pytree"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a docstring of torchao's, on its first import
         try:
             return importlib.import_module("torchao.float8")
         except ImportError as error:

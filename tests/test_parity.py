@@ -44,7 +44,7 @@ def references(tmp_path_factory, text):
 def trained(request, tmp_path_factory, text):
     """A function: layout's name -> its run. It trains several of the layouts that were selected together."""
     folder, runs = tmp_path_factory.mktemp("layouts"), {}
-    selected = [item.callspec.params["name"] for item in request.session.items if "name" in _params(item)]
+    selected = [i.callspec.params["name"] for i in request.session.items if i.originalname == test_layout.__name__]
     waiting = [name for name in selected if not (V_IS_REFUSED and LAYOUTS[name].is_v_shaped)]
 
     def get(name: str) -> dict:
@@ -56,10 +56,6 @@ def trained(request, tmp_path_factory, text):
         return runs[name]
 
     return get
-
-
-def _params(item) -> dict:
-    return item.callspec.params if hasattr(item, "callspec") else {}
 
 
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:

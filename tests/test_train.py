@@ -187,7 +187,7 @@ def test_torchrun_and_the_saved_config(text, tmp_path):
     rows = read_metrics(tmp_path / "run")
     keys = ["step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "tokens_per_second_per_device"]
     assert list(rows[0]) == [*keys, "tflops", "mfu", "memory_gib", "seconds"]
-    assert rows[0]["mfu"] is None and rows[2]["tokens_seen"] == 3 * 8 * 24
+    assert rows[0]["mfu"] is None and rows[2]["tokens_seen"] == 3 * 8 * 32
     assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
     first = exact(tmp_path)
     again = ["--job.config_file", str(tmp_path / "run" / "config.toml")]
@@ -217,7 +217,7 @@ def test_plain_python_is_one_process(text, tmp_path):
         ({"data.path": "/no/such/folder"}, "/no/such/folder"),
         ({"data.tokenizer": "/no/such/tokenizer.model"}, "/no/such/tokenizer.model"),
         ({"training.seq_len": "8000"}, "training.seq_len (8000) needs 8001 tokens, but the whole data has"),
-        ({"model.max_seq_len": "16"}, "training.seq_len (24) is longer than model.max_seq_len (16)"),
+        ({"model.max_seq_len": "16"}, "training.seq_len (32) is longer than model.max_seq_len (16)"),
         ({"model.vocab_size": "100"}, "--model.vocab_size 258"),
         ({"training.enable_cpu_offload": "true"}, "training.enable_cpu_offload"),
         ({"checkpoint.enable": "true", "checkpoint.load_step": "3"}, "complete ones: []"),
@@ -233,8 +233,8 @@ def test_a_mistake_is_one_line(settings, message, text, tmp_path):
 def test_checkpoint_of_another_model(text, tmp_path):
     """The differing sizes are named; so is a dtype that would be cast in silence."""
     trained(1, tmp_path, text, SAVE, options(training__steps="1"))
-    line = refused(2, tmp_path, text, SAVE, options(model__ffn_dim="60", model__n_layers="3"))
-    assert "checkpoint of another model: n_layers is 2 there, 3 here; ffn_dim is 50 there, 60 here" in line
+    line = refused(2, tmp_path, text, SAVE, options(model__ffn_dim="64", model__n_layers="3"))
+    assert "checkpoint of another model: n_layers is 2 there, 3 here; ffn_dim is 60 there, 64 here" in line
     line = refused(2, tmp_path, text, SAVE, options(training__dtype="float32"))
     assert "stored as torch.float64, this run has torch.float32" in line
 
