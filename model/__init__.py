@@ -4,6 +4,7 @@ from model.args import ModelArgs
 from model.flavors import FLAVORS, get_flavor
 from model.flops import flops_per_token, num_matmul_params, num_params
 from model.head import IGNORE_INDEX
+from model.mtp import further_tokens
 from model.transformer import Transformer
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "ModelArgs",
     "Transformer",
     "flops_per_token",
+    "further_tokens",
     "get_flavor",
     "num_matmul_params",
     "num_params",

@@ -1,21 +1,29 @@
-"""Grouped-query attention; multi-head and multi-query attention are its cases n_kv_heads = n_heads and = 1."""
+"""Attention: grouped queries (multi-head and multi-query are its cases n_kv_heads = n_heads and = 1), and DeepSeek's
+multi-head latent attention."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.args import ModelArgs
-from model.rope import apply_rope
+from model.rope import apply_rope, yarn_mscale
 
 
 class CoreAttention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim)) v over the past: no parameters, the one seam where attention is exchanged."""
+    """softmax(scale q k^T) v over the past: no parameters, the one seam where attention is exchanged.
+
+    scale None: 1 / sqrt(channels of a query)."""
+
+    def __init__(self, scale: float | None = None):
+        super().__init__()
+        self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q [batch, seq, heads, head_dim], k and v with n_kv_heads heads; returns q's shape. A mask replaces the causal
-        one, for queries that are not those of all keys' positions."""
+        """q [batch, seq, heads, d_qk], k [batch, seq, kv heads, d_qk], v [batch, seq, kv heads, d_v] -> [batch, seq,
+        heads, d_v]. A mask replaces the causal one, for queries that are not those of all keys' positions."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.size(1) != k.size(1)
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
         )
         return out.transpose(1, 2)
 
@@ -39,3 +47,45 @@ class Attention(nn.Module):
         v = self.wv(x).view(batch, seq, -1, self.head_dim)
         out = self.core(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
         return self.wo(out.reshape(batch, seq, -1))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (MLA; DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values of all heads are
+    made from one narrow latent a token, and so are the queries if q_lora_rank > 0. RoPE does not commute with that, so
+    it has channels of its own, and those of the key are one for all heads."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.qk_dims = (args.qk_nope_head_dim, args.qk_rope_head_dim)
+        self.kv_dims = (args.qk_nope_head_dim, args.v_head_dim)
+        self.latent_dims = (args.kv_lora_rank, args.qk_rope_head_dim)
+        q_dim, kv_dim = args.n_heads * sum(self.qk_dims), args.n_heads * sum(self.kv_dims)
+        self.compresses_queries = args.q_lora_rank > 0
+        if self.compresses_queries:
+            self.wq_a = nn.Linear(args.dim, args.q_lora_rank, bias=False)
+            self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=args.norm_eps)
+            self.wq_b = nn.Linear(args.q_lora_rank, q_dim, bias=False)
+        else:
+            self.wq = nn.Linear(args.dim, q_dim, bias=False)
+        self.wkv_a = nn.Linear(args.dim, sum(self.latent_dims), bias=False)
+        self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=args.norm_eps)
+        self.wkv_b = nn.Linear(args.kv_lora_rank, kv_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.v_head_dim, args.dim, bias=False)
+        self.latent = nn.Identity()  # a seam: what is gathered here is 4 to 70 times narrower than keys and values
+        self.core = CoreAttention(sum(self.qk_dims) ** -0.5 * yarn_mscale(args, args.rope_mscale_all_dim) ** 2)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`."""
+        batch, seq, _ = x.shape
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compresses_queries else self.wq(x)
+        # -1 and not the number of heads: under tensor parallelism a rank holds only some of them.
+        q_nope, q_rope = q.view(batch, seq, -1, sum(self.qk_dims)).split(self.qk_dims, dim=-1)
+        q = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
+
+        latent, k_rope = self.wkv_a(x).split(self.latent_dims, dim=-1)
+        k_rope = apply_rope(k_rope[:, :, None], cos, sin)[:, :, 0]
+        latent, k_rope = self.latent(torch.cat((self.kv_norm(latent), k_rope), dim=-1)).split(self.latent_dims, dim=-1)
+        keys_values = self.wkv_b(latent).view(batch, latent.size(1), -1, sum(self.kv_dims))
+        k_nope, v = keys_values.split(self.kv_dims, dim=-1)
+        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, k_nope.size(2), -1)), dim=-1)
+        return self.wo(self.core(q, k, v).reshape(batch, seq, -1))

@@ -8,6 +8,17 @@ from model.args import ModelArgs
 _LLAMA31_ROPE = dict(rope_scaling="llama3", rope_factor=8.0)
 _LLAMA32_ROPE = dict(rope_scaling="llama3", rope_factor=32.0)
 _LLAMA3 = dict(vocab_size=128256, max_seq_len=131072, n_kv_heads=8)
+# DeepSeek-V2 and V3 (arXiv:2405.04434, 2412.19437) and their published configurations.
+_YARN = dict(rope_theta=10000.0, rope_scaling="yarn", rope_factor=40.0, rope_original_seq_len=4096, norm_eps=1e-6)
+_MLA = dict(attention="mla", kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+_V2 = dict(
+    **_MLA, **_YARN, rope_mscale=0.707, rope_mscale_all_dim=0.707, vocab_size=102400, max_seq_len=163840,
+    n_experts_per_token=6, n_shared_experts=2, n_dense_layers=1, score_function="softmax", balance_loss_weight=0.001,
+)  # fmt: skip
+_V3 = dict(
+    n_experts_per_token=8, n_shared_experts=1, score_function="sigmoid", n_group_top=2, normalize_scores=True,
+    expert_bias=True, balance_loss_weight=0.0001, init_std=0.006,
+)  # fmt: skip
 
 FLAVORS: dict[str, ModelArgs] = {
     # Trains on a laptop CPU in minutes; its vocabulary is the tokenizer that is shipped with the repository.
@@ -33,6 +44,88 @@ FLAVORS: dict[str, ModelArgs] = {
     "llama3_8b": ModelArgs(dim=4096, n_layers=32, n_heads=32, ffn_dim=14336, **_LLAMA3, **_LLAMA31_ROPE),
     "llama3_70b": ModelArgs(dim=8192, n_layers=80, n_heads=64, ffn_dim=28672, **_LLAMA3, **_LLAMA31_ROPE),
     "llama3_405b": ModelArgs(dim=16384, n_layers=126, n_heads=128, ffn_dim=53248, **_LLAMA3, **_LLAMA31_ROPE),
+    # Every part of DeepSeek-V3, small: trains on a laptop CPU in minutes.
+    "deepseek_v3_debug": ModelArgs(
+        dim=128,
+        n_layers=4,
+        n_heads=8,
+        n_kv_heads=8,
+        ffn_dim=384,
+        max_seq_len=2048,
+        norm_eps=1e-6,
+        attention="mla",
+        q_lora_rank=64,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_experts=16,
+        moe_ffn_dim=96,
+        n_dense_layers=1,
+        n_expert_groups=4,
+        n_limited_groups=2,
+        n_mtp_layers=1,
+        rope_theta=10000.0,
+        **(_V3 | dict(n_experts_per_token=4, init_std=0.02)),
+    ),
+    "deepseek_v2_lite_16b": ModelArgs(
+        dim=2048, n_layers=27, n_heads=16, n_kv_heads=16, ffn_dim=10944, n_experts=64, moe_ffn_dim=1408, **_V2
+    ),
+    # (DeepSeek-V2, under the family's name.)
+    "deepseek_v3_236b": ModelArgs(
+        dim=5120,
+        n_layers=60,
+        n_heads=128,
+        n_kv_heads=128,
+        ffn_dim=12288,
+        q_lora_rank=1536,
+        n_experts=160,
+        moe_ffn_dim=1536,
+        n_expert_groups=8,
+        n_limited_groups=3,
+        score_scale=16.0,
+        **_V2,
+    ),
+    "deepseek_v3_671b": ModelArgs(
+        dim=7168,
+        n_layers=61,
+        n_heads=128,
+        n_kv_heads=128,
+        ffn_dim=18432,
+        vocab_size=129280,
+        max_seq_len=163840,
+        q_lora_rank=1536,
+        n_experts=256,
+        moe_ffn_dim=2048,
+        n_dense_layers=3,
+        n_expert_groups=8,
+        n_limited_groups=4,
+        score_scale=2.5,
+        n_mtp_layers=1,
+        rope_mscale_all_dim=1.0,
+        **_MLA,
+        **_YARN,
+        **_V3,
+    ),
+    # Moonshot's Kimi K2 (arXiv:2507.20534): the same architecture with more and sparser experts, and fewer heads.
+    "kimi_k2_1t": ModelArgs(
+        dim=7168,
+        n_layers=61,
+        n_heads=64,
+        n_kv_heads=64,
+        ffn_dim=18432,
+        vocab_size=163840,
+        max_seq_len=131072,
+        q_lora_rank=1536,
+        n_experts=384,
+        moe_ffn_dim=2048,
+        n_dense_layers=1,
+        score_scale=2.827,
+        rope_mscale_all_dim=1.0,
+        **_MLA,
+        **(_YARN | dict(rope_theta=50000.0, rope_factor=32.0, rope_beta_fast=1.0)),
+        **_V3,
+    ),
 }
 
 

@@ -1,18 +1,30 @@
-"""How many parameters a model has and how many floating-point operations a token costs: exact, from the shape."""
+"""How many parameters a model has and how many floating-point operations a token costs: exact, from the shape.
+
+`num_params` and the parameters that are active for a token leave out multi-token prediction, as the published counts
+do; training runs it, so `flops_per_token` has it.
+"""
 
 from model.args import ModelArgs
 
 
-def num_params(args: ModelArgs) -> int:
-    """Number of distinct parameters (a tied head counts once)."""
-    embeddings = args.vocab_size * args.dim * (1 if args.tie_embeddings else 2)
-    norms = args.dim * (2 * args.n_layers + 1)
-    return embeddings + norms + args.n_layers * _block_matmul_params(args)
+def num_params(args: ModelArgs, *, active: bool = False, mtp: bool = False) -> int:
+    """Number of distinct parameters (a tied head counts once); only of those that work on a token, if active: its own
+    experts, and no embedding but as the head; with the blocks of multi-token prediction, if mtp."""
+    embeddings = args.vocab_size * args.dim * (1 if args.tie_embeddings or active else 2)
+    blocks = sum(_block_params(args, layer, active) for layer in range(args.n_layers))
+    further = sum(
+        _block_params(args, args.n_layers + k, active) + 2 * args.dim * args.dim + 3 * args.dim
+        for k in range(args.n_mtp_layers if mtp else 0)
+    )
+    return embeddings + args.dim + blocks + further
 
 
 def num_matmul_params(args: ModelArgs) -> int:
-    """Parameters that every token is multiplied with: without the norms and the embedding's lookup, with the head."""
-    return args.n_layers * _block_matmul_params(args) + args.vocab_size * args.dim
+    """Parameters that every token is multiplied with: without the norms and the embedding's lookup, with the head, with
+    its own experts, and with multi-token prediction (and once more the head for each depth of it)."""
+    mtp = args.n_mtp_layers
+    blocks = sum(_block_matmul_params(args, layer, True) for layer in range(args.n_layers + mtp))
+    return blocks + (1 + mtp) * args.vocab_size * args.dim + mtp * 2 * args.dim * args.dim
 
 
 def flops_per_token(args: ModelArgs, seq_len: int, *, causal: bool = False) -> int:
@@ -22,11 +34,28 @@ def flops_per_token(args: ModelArgs, seq_len: int, *, causal: bool = False) -> i
     attention products (PaLM, arXiv:2204.02311, appendix B). `causal` counts only the half of them that a causal mask
     needs; the reported MFU does not, as in torchtitan, so that numbers compare. Recomputation is never counted.
     """
-    attention = 6 * args.n_layers * args.n_heads * 2 * args.head_dim * seq_len
+    layers = args.n_layers + args.n_mtp_layers
+    attention = 6 * layers * args.n_heads * (args.head_dim + args.value_dim) * seq_len
     return 6 * num_matmul_params(args) + (attention // 2 if causal else attention)
 
 
-def _block_matmul_params(args: ModelArgs) -> int:
-    query_and_output = 2 * args.dim * args.n_heads * args.head_dim
-    key_and_value = 2 * args.dim * args.n_kv_heads * args.head_dim
-    return query_and_output + key_and_value + 3 * args.dim * args.ffn_dim
+def _block_params(args: ModelArgs, layer: int, active: bool) -> int:
+    norms = 2 * args.dim
+    if args.attention == "mla":
+        norms += args.q_lora_rank + args.kv_lora_rank
+    return _block_matmul_params(args, layer, active) + norms
+
+
+def _block_matmul_params(args: ModelArgs, layer: int, active: bool) -> int:
+    if args.attention == "mla":
+        q = args.n_heads * args.head_dim
+        queries = (args.dim + q) * args.q_lora_rank if args.q_lora_rank else args.dim * q
+        latent = args.dim * (args.kv_lora_rank + args.qk_rope_head_dim)
+        keys_values = args.kv_lora_rank * args.n_heads * (args.qk_nope_head_dim + args.v_head_dim)
+        attention = queries + latent + keys_values + args.n_heads * args.v_head_dim * args.dim
+    else:
+        attention = 2 * args.dim * (args.n_heads + args.n_kv_heads) * args.head_dim
+    if not args.is_mixture(layer):
+        return attention + 3 * args.dim * args.ffn_dim
+    experts = args.n_shared_experts + (args.n_experts_per_token if active else args.n_experts)
+    return attention + args.dim * args.n_experts + 3 * args.dim * args.moe_ffn_dim * experts

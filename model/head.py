@@ -23,10 +23,13 @@ class Head(nn.Linear):
         super().__init__(dim, vocab_size, bias=False)
         self.core = HeadCore(chunk_size)
 
-    def forward(self, h: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, labels: Tensor | None = None, parts: int = 1) -> Tensor:
         """h [batch, seq, dim] -> logits [batch, seq, vocab_size]; with labels [batch, seq] (int64) the sum over valid
-        ones of -log p(label), in nats, a scalar of float32 at least."""
-        return self.core.logits(h, self.weight) if labels is None else self.core(h, self.weight, labels)
+        ones of -log p(label), in nats, of each of so many equal parts of the batch: [parts], float32 at least."""
+        if labels is None:
+            return self.core.logits(h, self.weight)
+        pairs = zip(h.chunk(parts), labels.chunk(parts), strict=True)
+        return torch.stack([self.core(h, self.weight, labels) for h, labels in pairs])
 
 
 class HeadCore(nn.Module):

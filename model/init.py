@@ -24,12 +24,13 @@ def init_std(name: str, args: ModelArgs) -> float | None:
     The two projections that write into the residual stream are divided by sqrt(2 x layers), so that the stream's
     variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
     """
-    module = name.split(".")[-2]
-    if module in ("wo", "w2"):
+    *_, module, last = name.split(".")
+    matrix = module if last == "weight" else last  # experts' matrices are parameters of one module
+    if matrix in ("wo", "w2"):
         return args.init_std / math.sqrt(2 * args.n_layers)
-    if module in ("tok_embeddings", "output", "wq", "wk", "wv", "w1", "w3"):
+    if matrix in ("tok_embeddings", "output", "router", "eh_proj", "w1", "w3") or matrix.startswith(("wq", "wk", "wv")):
         return args.init_std
-    if module in ("attention_norm", "ffn_norm", "norm"):
+    if matrix.endswith("norm"):
         return None
     raise AssertionError(f"{name}: no rule for its initial values")
 
@@ -46,8 +47,12 @@ def fill_initial_values(local: Tensor, name: str, shape: torch.Size, indices: li
         return
     # A hash, since neighbouring raw keys would give shifted copies of one stream.
     key = int.from_bytes(blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little", signed=True)
-    rows, columns = indices[0], indices[1] if len(indices) > 1 else indices[0].new_zeros(1)
-    row_length = math.prod(shape[1:])
+    rows, row_length = indices[0], 1
+    columns = rows.new_zeros(1)
+    if len(shape) > 1:  # all dimensions but the last together count rows
+        columns, row_length = indices[-1], shape[-1]
+        for index, size in zip(indices[1:-1], shape[1:-1], strict=True):
+            rows = (rows[:, None] * size + index).flatten()
     flat = local.view(len(rows), len(columns))
     rows_at_a_time = max(1, BLOCK[local.device.type] // max(1, len(columns)))
     for start in range(0, len(rows), rows_at_a_time):

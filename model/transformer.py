@@ -1,17 +1,26 @@
-"""The decoder: embedding, blocks of attention and SwiGLU with RMSNorm before each, norm, head.
+"""The decoder: embedding, blocks of attention and feed-forward (or a mixture of experts) with RMSNorm before each,
+norm, head; and, in training, blocks that predict further tokens.
 
 It is written for one device and knows of no other. Parallelism is applied to it from outside, by module name:
 
-    tok_embeddings, layers.{i}.{attention_norm, attention.{wq,wk,wv,core,wo}, ffn_norm, feed_forward.{w1,w2,w3}},
-    norm, output
+    tok_embeddings, layers.{i}.{attention_norm, attention, ffn_norm, feed_forward | moe}, norm, output,
+    mtp.{k}.{enorm, hnorm, eh_proj, block, norm}, where mtp.{k}.block is like layers.{i}; in these
+
+    attention       wq, wk, wv, core, wo; in multi-head latent attention wq | (wq_a, q_norm, wq_b), wkv_a, kv_norm,
+                    latent, wkv_b, core, wo
+    feed_forward    w1, w2, w3
+    moe             router, experts.{w1, w2, w3}, shared_experts.{w1, w2, w3}
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.args import ModelArgs
-from model.attention import Attention
+from model.attention import Attention, LatentAttention
 from model.head import Head
+from model.moe import MoE
+from model.mtp import MTPLayer
 from model.rope import rope_cos_sin
 
 
@@ -29,31 +38,46 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs):
+    """Block number `layer`: which of attention, feed-forward and mixture it has, the shape says."""
+
+    def __init__(self, args: ModelArgs, layer: int, sequences_per_step: int = 1):
         super().__init__()
         self.attention_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.attention = Attention(args)
+        self.attention = LatentAttention(args) if args.attention == "mla" else Attention(args)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
-        self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+        self.feed_forward = self.moe = None
+        if args.is_mixture(layer):
+            width = args.n_shared_experts * args.moe_ffn_dim
+            self.moe = MoE(args, FeedForward(args.dim, width) if width else None, sequences_per_step)
+        else:
+            self.feed_forward = FeedForward(args.dim, args.ffn_dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+        """x [batch, seq, dim] -> the same, and in a mixture the number of tokens that went to each expert."""
         x = x + self.attention(self.attention_norm(x), cos, sin)
-        return x + self.feed_forward(self.ffn_norm(x))
+        if self.moe is None:
+            return x + self.feed_forward(self.ffn_norm(x)), None
+        y, tokens_per_expert = self.moe(self.ffn_norm(x))
+        return x + y, tokens_per_expert
 
 
 class Transformer(nn.Module):
     """tokens -> logits, or the loss. A pipeline stage is the same class with some parts removed: an embedding, norm or
     head that is None is skipped, and `layers` is a ModuleDict so that a block keeps its name wherever it runs.
 
-    loss_chunk_size is the number of tokens whose logits exist at a time, see model/head.py; 0: all."""
+    loss_chunk_size is the number of tokens whose logits exist at a time, see model/head.py; 0: all. sequences_per_step
+    is the number of sequences of an optimizer step, for the balance loss of a mixture."""
 
-    def __init__(self, args: ModelArgs, loss_chunk_size: int = 0):
+    def __init__(self, args: ModelArgs, loss_chunk_size: int = 0, sequences_per_step: int = 1):
         super().__init__()
         self.args = args
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleDict({str(i): TransformerBlock(args) for i in range(args.n_layers)})
+        numbers = range(args.n_layers + args.n_mtp_layers)
+        blocks = [TransformerBlock(args, number, sequences_per_step) for number in numbers]
+        self.layers = nn.ModuleDict({str(i): block for i, block in enumerate(blocks[: args.n_layers])})
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = Head(args.dim, args.vocab_size, loss_chunk_size)
+        self.mtp = nn.ModuleDict({str(k): MTPLayer(args, block) for k, block in enumerate(blocks[args.n_layers :])})
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -62,13 +86,45 @@ class Transformer(nn.Module):
         if self.args.tie_embeddings and self.output is not None and self.tok_embeddings is not None:
             self.output.weight = self.tok_embeddings.weight
 
-    def forward(self, x: Tensor, positions: Tensor, labels: Tensor | None = None) -> Tensor:
+    def blocks(self) -> dict[int, TransformerBlock]:
+        """The blocks that are here, by number; those of multi-token prediction count on from n_layers."""
+        further = {self.args.n_layers + int(k): layer.block for k, layer in self.mtp.items()}
+        return {int(i): block for i, block in self.layers.items()} | further
+
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        labels: Tensor | None = None,
+        mtp_tokens: Tensor | None = None,
+        mtp_labels: Tensor | None = None,
+    ) -> Tensor:
         """Logits [batch, seq, vocab_size] for token ids x [batch, seq] (int64) at `positions` [batch, seq] (int64).
         Given labels [batch, seq] (int64, -100 where there is none), the sum of their cross entropies in nats. In a
-        later pipeline stage x is the stream [batch, seq, dim], in an earlier one so is the result."""
-        h = self.tok_embeddings(x) if self.tok_embeddings is not None else x
+        later pipeline stage x is the stream [batch, seq, dim], in an earlier one so is the result.
+
+        mtp_tokens and mtp_labels [batch, seq, n_mtp_layers], from `further_tokens`, are for multi-token prediction: the
+        mean of its losses, times mtp_loss_weight, is added to the gradient but not to the loss that is returned."""
+        h = x if x.is_floating_point() else self.tok_embeddings(x)
         cos, sin = rope_cos_sin(positions, self.args)
         for block in self.layers.values():
-            h = block(h, cos, sin)
+            h = self._counted(block.moe, *block(h, cos, sin))
         h = self.norm(h) if self.norm is not None else h
-        return self.output(h, labels) if self.output is not None else h
+        if self.output is None or labels is None:
+            return self.output(h) if self.output is not None else h
+        streams, targets = [h], [labels]
+        for k, layer in enumerate(self.mtp.values() if mtp_labels is not None else ()):
+            embedding = self.tok_embeddings(mtp_tokens[..., k])
+            streams.append(self._counted(layer.block.moe, *layer(streams[-1], embedding, cos, sin)))
+            targets.append(mtp_labels[..., k])
+        # Once, with everything: what is communicated for the head is communicated once.
+        loss, *further = self.output(torch.cat(streams), torch.cat(targets), len(streams)).unbind()
+        for extra in further:
+            loss = loss + self.args.mtp_loss_weight / len(further) * (extra - extra.detach())
+        return loss
+
+    def _counted(self, moe: MoE | None, h: Tensor, tokens_per_expert: Tensor | None) -> Tensor:
+        """h. Here, where nothing is run again in backward, each token is counted once."""
+        if self.training and tokens_per_expert is not None:
+            moe.router.tokens_per_expert += tokens_per_expert
+        return h

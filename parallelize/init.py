@@ -14,8 +14,11 @@ from parallelize.compat import StridedShard
 
 @torch.no_grad()
 def init_weights(model: nn.Module, args: ModelArgs, seed: int) -> None:
-    """Writes every parameter's initial values, the same in any layout; model's memory must exist (`to_empty`)."""
+    """Writes every parameter's initial values, the same in any layout, and zeros to what is counted and learned
+    without a gradient (buffers); model's memory must exist (`to_empty`)."""
     model.tie_weights()
+    for buffer in model.buffers():
+        buffer.zero_()
     for name, parameter in model.named_parameters():
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         fill_initial_values(local, name, parameter.shape, held_indices(parameter), args, seed)

@@ -77,7 +77,7 @@ def tokens_and_positions():
 def run_blocks(model, x):
     cos, sin = ROPE
     for block in model.layers.values():
-        x = block(x, cos, sin)
+        x, _ = block(x, cos, sin)
     return x
 
 
