@@ -21,6 +21,8 @@ is also why "op" keeps the second, fourth and sixth product (wk, wo, w3) and not
 is alive at a time: the one being recomputed. Under tensor parallelism all of it is divided by its degree, but what "op"
 keeps of collectives is not (an all-gather's result is a whole 2 d), nor is wo's product before it is summed over ranks.
 
+In a mixture of experts, "op" treats attention, experts and shared experts each on its own; their inputs are kept.
+
 Names of parameters do not change: there is no wrapper module, a block gets a forward of its own.
 
 What does not fit: zero-bubble pipeline schedules, which run each block's graph once for its input and then once per
@@ -32,6 +34,7 @@ Proof: tests/test_activation.py.
 """
 
 from collections import Counter
+from functools import partial
 from types import MethodType
 
 import torch
@@ -84,9 +87,9 @@ def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, 
     # An option of the whole process, so it is set back for a model that does not ask for it.
     set_activation_memory_budget(memory_budget if mode == "memory_budget" else 1.0)
     if mode == "full":
-        _recompute(model, _forward_recomputing_all, every=1)
+        _recompute_blocks(model, every=1)
     elif mode == "selective" and selective == "op":
-        _recompute(model, _forward_recomputing_cheap, every=1)
+        _recompute_cheap(model)
     elif mode == "selective":
         n_layers = model.args.n_layers
         if not (selective.isdecimal() and 1 <= int(selective) <= n_layers):
@@ -94,39 +97,48 @@ def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, 
                 f'activation_checkpoint.selective_option ("{selective}") must be "op" or a number n from 1 to '
                 f"{n_layers} (model.n_layers): every n-th block is recomputed."
             )
-        _recompute(model, _forward_recomputing_all, every=int(selective))
+        _recompute_blocks(model, every=int(selective))
 
 
 def _either(choices: tuple[str, ...]) -> str:
     return ", ".join(f'"{c}"' for c in choices[:-1]) + f' or "{choices[-1]}"'
 
 
-def _recompute(model: nn.Module, forward, every: int) -> None:
+def _recompute_blocks(model: nn.Module, every: int) -> None:
     for number, block in model.blocks().items():
         if (number + 1) % every == 0:
-            # A method and not a closure over the block: a copied block calls itself, and the compiler sees the same
-            # function in every block, so that they share one graph.
-            block.forward = MethodType(forward, block)
+            block.forward = MethodType(_forward_recomputing_all, block)
 
 
-# Both need to be functions of ours: dynamo does not trace a forward that is torch's own checkpoint function, and then
-# compiles nothing (torch 2.11) or fails (2.13). Nothing in the model draws random numbers, so there is no state of a
-# generator to keep and to restore, which would cost a copy from the GPU per block.
+def _recompute_cheap(model: nn.Module) -> None:
+    for block in model.blocks().values():
+        if block.moe is None:
+            block.forward = MethodType(_forward_recomputing_cheap, block)
+            continue
+        # Of a mixture, each on its own: experts may be sharded by FSDP apart from the block, and what its hooks do on
+        # the way would be operations of the block, other ones when it is recomputed.
+        for module in (block.attention, block.moe.shared_experts):
+            if module is not None:
+                module.forward = MethodType(_forward_recomputing_cheap, module)
+        block.moe.experts.compute = partial(_recomputing_cheap, block.moe.experts.compute)
 
 
-def _forward_recomputing_all(block, *args):
-    return checkpoint(type(block).forward, block, *args, use_reentrant=False, preserve_rng_state=False)
+# A method and not a closure over the block: a copied block calls itself, and the compiler sees the same function in
+# every block, so that they share one graph. And functions of ours: dynamo does not trace a forward that is torch's own
+# checkpoint function, and then compiles nothing (torch 2.11) or fails (2.13). Nothing in the model draws random
+# numbers, so there is no state of a generator to keep and to restore, which would cost a copy from the GPU per block.
 
 
-def _forward_recomputing_cheap(block, *args):
-    return checkpoint(
-        type(block).forward,
-        block,
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=False,
-        context_fn=_save_what_is_dear,
-    )
+def _forward_recomputing_all(module, *args):
+    return checkpoint(type(module).forward, module, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _forward_recomputing_cheap(module, *args):
+    return _recomputing_cheap(type(module).forward, module, *args)
+
+
+def _recomputing_cheap(function, *args):
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=_save_what_is_dear)
 
 
 def _save_what_is_dear():

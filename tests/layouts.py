@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from itertools import cycle, product
+from math import prod
 
 SHORT = {  # option: its short name, as in "tp 2"
     "pp": "parallelism.pipeline_parallel_degree",
@@ -9,8 +10,31 @@ SHORT = {  # option: its short name, as in "tp 2"
     "fsdp": "parallelism.data_parallel_shard_degree",
     "cp": "parallelism.context_parallel_degree",
     "tp": "parallelism.tensor_parallel_degree",
+    "ep": "parallelism.expert_parallel_degree",
 }
 GLOBAL_BATCH = 8  # sequences a step
+# DeepSeek-V3's parts: compressed queries, groups of experts, bias and balance loss, a further token predicted.
+V3 = {
+    "model.attention": "mla", "model.n_kv_heads": "8", "model.q_lora_rank": "24", "model.kv_lora_rank": "16",
+    "model.qk_nope_head_dim": "8", "model.qk_rope_head_dim": "4", "model.v_head_dim": "6", "model.n_experts": "8",
+    "model.n_experts_per_token": "3", "model.n_shared_experts": "1", "model.moe_ffn_dim": "24",
+    "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.n_expert_groups": "4",
+    "model.n_limited_groups": "2", "model.n_group_top": "2", "model.normalize_scores": "true",
+    "model.score_scale": "2.5", "model.expert_bias": "true", "model.expert_bias_speed": "0.01",
+    "model.balance_loss_weight": "0.01", "model.n_mtp_layers": "1",
+}  # fmt: skip
+# V2's: no compression of queries, softmax, groups ranked by their best; YaRN; and fewer experts than ranks may be.
+V2 = V3 | {
+    "model.q_lora_rank": "0", "model.score_function": "softmax", "model.n_group_top": "1", "model.n_experts": "4",
+    "model.n_experts_per_token": "2", "model.normalize_scores": "false", "model.score_scale": "1.0",
+    "model.expert_bias": "false", "model.n_mtp_layers": "0", "model.rope_scaling": "yarn",
+    "model.rope_original_seq_len": "16", "model.rope_mscale_all_dim": "0.7",
+}  # fmt: skip
+# Grouped queries, no dense block, no shared expert, tied, and two further tokens.
+OTHER = {
+    "model.n_experts": "8", "model.n_experts_per_token": "2", "model.moe_ffn_dim": "24", "model.n_mtp_layers": "2",
+    "model.tie_embeddings": "true", "model.balance_loss_weight": "0.01",
+}  # fmt: skip
 MODELS = {  # what is trained; the reference is one process, all eight sequences at once
     "grouped": {},
     "multi-head": {"model.n_kv_heads": "8"},
@@ -19,6 +43,11 @@ MODELS = {  # what is trained; the reference is one process, all eight sequences
     "4 layers": {"model.n_layers": "4"},
     "4 layers, tied": {"model.n_layers": "4", "model.tie_embeddings": "true"},
     "8 layers": {"model.n_layers": "8"},
+    "V3": V3,
+    "V3, 4 layers": V3 | {"model.n_layers": "4"},
+    "V2": V2,
+    "mixture": OTHER,
+    "mixture, 4 layers": OTHER | {"model.n_layers": "4"},
 }
 
 
@@ -33,10 +62,7 @@ class Layout:
 
     @property
     def ranks(self) -> int:
-        result = 1
-        for degree in self.degrees.values():
-            result *= degree
-        return result
+        return prod(degree for axis, degree in self.degrees.items() if axis != "ep")  # experts borrow their ranks
 
     @property
     def name(self) -> str:
@@ -62,8 +88,8 @@ class Layout:
         }
 
 
-def layout(pp=1, replicate=1, fsdp=1, cp=1, tp=1, model="grouped", accumulation=1, **options) -> Layout:
-    degrees = dict(pp=pp, replicate=replicate, fsdp=fsdp, cp=cp, tp=tp)
+def layout(pp=1, replicate=1, fsdp=1, cp=1, tp=1, model="grouped", accumulation=1, ep=1, **options) -> Layout:
+    degrees = dict(pp=pp, replicate=replicate, fsdp=fsdp, cp=cp, tp=tp, ep=ep)
     return Layout(degrees, model, accumulation, {k.replace("__", "."): str(v) for k, v in options.items()})
 
 
@@ -135,4 +161,40 @@ def more() -> list[Layout]:
     ]  # fmt: skip
 
 
-LAYOUTS = {made.name: made for made in every_combination() + every_schedule() + more()}
+def mixtures() -> list[Layout]:
+    """Mixtures of experts: ep {1, 2, 4, 8} across the other axes; the options, and the models, take turns."""
+    degrees = {  # (pp, replicate, fsdp, cp, tp): ep
+        (1, 1, 2, 1, 1): (1, 2), (1, 1, 4, 1, 1): (2, 4), (1, 1, 8, 1, 1): (1, 4, 8),
+        (1, 2, 2, 1, 1): (2,), (1, 2, 4, 1, 1): (2, 4), (1, 4, 2, 1, 1): (1,),
+        (1, 1, 1, 1, 2): (1, 2), (1, 1, 1, 1, 4): (1, 4), (1, 1, 2, 1, 2): (2, 4), (1, 1, 2, 1, 4): (4, 8),
+        (1, 1, 4, 1, 2): (2, 8), (1, 2, 1, 1, 2): (2,), (1, 2, 2, 1, 2): (4,),
+        (1, 1, 1, 2, 1): (1, 2), (1, 1, 2, 2, 1): (1, 4), (1, 1, 1, 4, 1): (4,), (1, 2, 1, 2, 1): (2,),
+        (1, 1, 1, 2, 2): (1, 2), (1, 1, 2, 2, 2): (2, 8), (1, 2, 1, 2, 2): (4,), (1, 1, 1, 2, 4): (8,),
+        (2, 1, 1, 1, 1): (1,), (2, 1, 2, 1, 1): (1, 2), (2, 1, 1, 1, 2): (2,), (2, 1, 1, 2, 1): (2,),
+        (2, 1, 2, 1, 2): (4,), (2, 1, 2, 2, 1): (2,), (2, 2, 2, 1, 1): (2,),
+    }  # fmt: skip
+    models, accumulations = cycle(("V3", "V2", "V3", "mixture")), cycle((1, 2, 1))
+    recomputation, chunks = cycle(("none", "full", "none", "selective")), cycle((0, 24, 2048))
+    methods = {model: cycle(m) for model, m in (("V3", ("latent", "alltoall", "allgather")), ("V2", ("latent",)))}
+    layouts = []
+    for (pp, replicate, fsdp, cp, tp), ep in ((axes, ep) for axes, eps in degrees.items() for ep in eps):
+        model = next(m for m in models if int(MODELS[m]["model.n_experts"]) % ep == 0)
+        made = layout(pp, replicate, fsdp, cp, tp, model, next(accumulations), ep)
+        share = GLOBAL_BATCH // (fsdp * replicate)
+        made.accumulation = min(made.accumulation, share // pp)
+        if cp > 1 and model in methods and tp * cp <= 4:
+            made.options["parallelism.context_parallel_method"] = next(methods[model])
+        made.options["training.loss_chunk_size"] = str(next(chunks))
+        made.options["activation_checkpoint.mode"] = next(recomputation)
+        layouts.append(made)
+    schedule = "parallelism__pipeline_parallel_schedule"
+    for name in ("GPipe", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
+        model = "V3, 4 layers" if name != "LoopedBFS" else "mixture, 4 layers"
+        layouts.append(layout(2, fsdp=2, model="V3" if name == "GPipe" else model, ep=2, **{schedule: name}))
+        if name in ("Interleaved1F1B", "ZBVZeroBubble"):
+            model = "V3, 4 layers" if name == "ZBVZeroBubble" else "mixture, 4 layers"
+            layouts.append(layout(2, tp=2, model=model, ep=2, **{schedule: name}))
+    return layouts
+
+
+LAYOUTS = {made.name: made for made in every_combination() + every_schedule() + more() + mixtures()}

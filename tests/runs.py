@@ -49,12 +49,13 @@ def argv(*settings: dict[str, str]) -> list[str]:
 
 def record_run(arguments: list[str]) -> dict:
     """Runs training on this rank. What it holds, by parameter name, as (whole shape, indices held, values): every
-    step's gradients before clipping, and the final weights; and the number of its valid tokens in each microbatch."""
+    step's gradients before clipping, and the final weights; the number of its valid tokens in each microbatch; every
+    step's shares of tokens by expert, by layer, and the final biases, by name."""
     import train
     from config import load_config
     from parallelize.init import held_indices
 
-    parameters, gradients, valid = {}, [], []
+    parameters, gradients, valid, experts, biases = {}, [], [], [], {}
     build_optimizer, clip_grad_norm = train.build_optimizer, train.clip_grad_norm
     count_valid_tokens, init_distributed = train.count_valid_tokens, train.init_distributed
 
@@ -74,6 +75,13 @@ def record_run(arguments: list[str]) -> dict:
         valid.append([int((batch["labels"] >= 0).sum()) for batch in microbatches])
         return count_valid_tokens(microbatches, mesh)
 
+    def recording_update(self):
+        update(self)
+        experts.append({layer: share.clone() for layer, share in self.shares.items()})
+        biases.update(self.biases)
+
+    update = train.ExpertBalance.update
+
     def init_once(device, timeout):
         return torch.device("cpu") if dist.is_initialized() else init_distributed(device, timeout)
 
@@ -82,6 +90,7 @@ def record_run(arguments: list[str]) -> dict:
         patch.setattr(train, "build_optimizer", recording_build)
         patch.setattr(train, "clip_grad_norm", recording_clip)
         patch.setattr(train, "count_valid_tokens", recording_count)
+        patch.setattr(train.ExpertBalance, "update", recording_update)
         patch.setattr(train, "init_distributed", init_once)
         train.main(load_config(arguments))
     weights = {name: held(p) for name, p in parameters.items()}
@@ -91,7 +100,7 @@ def record_run(arguments: list[str]) -> dict:
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         _, indices, values = weights[name]
         assert torch.equal(whole[torch.meshgrid(*indices, indexing="ij")], values), name
-    return dict(gradients=gradients, weights=weights, valid=valid)
+    return dict(gradients=gradients, weights=weights, valid=valid, experts=experts, biases=biases)
 
 
 def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
@@ -109,6 +118,14 @@ def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
     return dict(sorted(result.items()))
 
 
+def same_everywhere(ranks: list[dict]) -> dict:
+    """All that any rank has; ranks that have the same must agree exactly."""
+    merged = {}
+    for name, tensor in (item for rank in ranks for item in rank.items()):
+        assert torch.equal(merged.setdefault(name, tensor), tensor), f"{name} differs between ranks"
+    return dict(sorted(merged.items()))
+
+
 def record_runs(many: list[list[str]]) -> list[dict]:
     """One run after another in the same processes: torch's caches are warm from the second on. The process groups of
     all of them live on, so not too many."""
@@ -119,7 +136,7 @@ def record_runs(many: list[list[str]]) -> list[dict]:
 
 def train_all(world_size: int, runs: dict[Path, dict[str, str]]) -> list[dict]:
     """Recorded runs on world_size ranks, each in its folder with its settings: whole gradients and weights, every
-    rank's valid tokens, metrics."""
+    rank's valid tokens, shares of tokens by expert, biases, metrics."""
     arguments = [
         argv(TINY, {"job.dump_folder": str(folder), "data.cache_folder": str(folder.parent / "cache")}, settings)
         for folder, settings in runs.items()
@@ -130,6 +147,8 @@ def train_all(world_size: int, runs: dict[Path, dict[str, str]]) -> list[dict]:
             gradients=[whole(list(step)) for step in zip(*(r["gradients"] for r in ranks), strict=True)],
             weights=whole([rank["weights"] for rank in ranks]),
             valid=[rank["valid"] for rank in ranks],
+            experts=[same_everywhere(list(step)) for step in zip(*(r["experts"] for r in ranks), strict=True)],
+            biases=same_everywhere([rank["biases"] for rank in ranks]),
             metrics=read_metrics(folder),
         )
         for folder, *ranks in zip(runs, *by_rank, strict=True)

@@ -69,6 +69,11 @@ def assert_equal_runs(run: dict, reference: dict, tolerance: float = 1e-9) -> di
         errors[key] = max(abs(a / b - 1) for a, b in zip(series(run, key), series(reference, key), strict=True))
     for key in ("lr", "tokens_seen"):
         assert series(run, key) == series(reference, key)
+    # Which expert gets how many tokens, and the biases that follow from it, are not rounded.
+    for ours, expected in zip(
+        [*run["experts"], run["biases"]], [*reference["experts"], reference["biases"]], strict=True
+    ):
+        assert ours.keys() == expected.keys() and all(torch.equal(ours[name], expected[name]) for name in expected)
     kinds = {"gradients": zip(run["gradients"], reference["gradients"], strict=True)}
     kinds["weights"] = [(run["weights"], reference["weights"])]
     for kind, pairs in kinds.items():
