@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from model.args import ModelArgs
 from model.rope import apply_rope, yarn_mscale
 
+LATENT_NORM_EPS = 1e-6  # whatever norm_eps is, as in DeepSeek's reference code and in transformers
+
 
 class CoreAttention(nn.Module):
     """softmax(scale q k^T) v over the past: no parameters, the one seam where attention is exchanged.
@@ -63,12 +65,12 @@ class LatentAttention(nn.Module):
         self.compresses_queries = args.q_lora_rank > 0
         if self.compresses_queries:
             self.wq_a = nn.Linear(args.dim, args.q_lora_rank, bias=False)
-            self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=args.norm_eps)
+            self.q_norm = nn.RMSNorm(args.q_lora_rank, eps=LATENT_NORM_EPS)
             self.wq_b = nn.Linear(args.q_lora_rank, q_dim, bias=False)
         else:
             self.wq = nn.Linear(args.dim, q_dim, bias=False)
         self.wkv_a = nn.Linear(args.dim, sum(self.latent_dims), bias=False)
-        self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=args.norm_eps)
+        self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=LATENT_NORM_EPS)
         self.wkv_b = nn.Linear(args.kv_lora_rank, kv_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.v_head_dim, args.dim, bias=False)
         self.latent = nn.Identity()  # a seam: what is gathered here is 4 to 70 times narrower than keys and values

@@ -55,10 +55,10 @@ def split_into_stages(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stag
     per_rank = _stages_per_rank(schedule, stages_per_rank)
     if schedule in SPLIT_BACKWARD and (args.n_mtp_layers > 1 or (args.tie_embeddings and args.n_mtp_layers)):
         # torch would begin the weight's backward at each of its uses, and run into the uses below a second time.
+        tied = str(args.tie_embeddings).lower()
         raise ValueError(
             f"{schedule} cuts each backward in two, which cannot be where the last stage uses the embedding at several "
-            f"depths: model.n_mtp_layers is {args.n_mtp_layers}, model.tie_embeddings {str(args.tie_embeddings).lower()}"
-            "; use Interleaved1F1B."
+            f"depths: model.n_mtp_layers is {args.n_mtp_layers}, model.tie_embeddings {tied}; use Interleaved1F1B."
         )
     num_stages = per_rank * mesh.size()
     if num_stages > args.n_layers:

@@ -43,14 +43,14 @@ CASES = [  # options of a run on eight ranks, and what the message says
     ({PP: 2, BATCH: 2, SCHEDULE: "DualPipeV", "model.n_layers": 4}, "DualPipeV with 4 stages needs at least 4 micro"),
     ({PP: 2, SCHEDULE: "GPipe", "parallelism.pipeline_parallel_stages_per_rank": 2}, "(2) must be 1 for GPipe."),
     ({PP: 2, SCHEDULE: "ZBVZeroBubble", "parallelism.pipeline_parallel_stages_per_rank": 3}, "(3) must be 2 for ZBV"),
-    ({PP: 2, SCHEDULE: "DualPipeV", "model.n_layers": 4, "model.n_mtp_layers": 2}, "cannot be where the last stage uses the"
-     " embedding at several depths: model.n_mtp_layers is 2, model.tie_embeddings false; use Interleaved1F1B."),
+    ({PP: 2, SCHEDULE: "DualPipeV", "model.n_layers": 4, "model.n_mtp_layers": 2}, "cannot be where the last stage uses"
+     " the embedding at several depths: model.n_mtp_layers is 2, model.tie_embeddings false; use Interleaved1F1B."),
     ({EP: 2}, "expert_parallel_degree (2) needs a mixture of experts, model.n_experts is 0; leave it out."),
     ({EP: 8, **V3, "model.n_experts": 12}, "(8) must divide model.n_experts (12); use one of [1, 2, 3, 4, 6, 12]."),
     ({EP: 3, **V3}, "expert_parallel_degree (3) must divide dp_shard x cp x tp (8); use one of [1, 2, 4, 8]."),
     ({TP: 4, **V3, "model.moe_ffn_dim": 6}, "must divide model.n_shared_experts x model.moe_ffn_dim (6)"),
-    ({CP: 2, "parallelism.context_parallel_method": "latent"}, '"latent" gathers the latents of model.attention "mla", but'
-     ' it is "gqa"; use "allgather".'),
+    ({CP: 2, "parallelism.context_parallel_method": "latent"}, '"latent" gathers the latents of model.attention "mla",'
+     ' but it is "gqa"; use "allgather".'),
     ({MODE: "selective", "activation_checkpoint.selective_option": "3"}, "a number n from 1 to 2 (model.n_layers)"),
     ({"compile.enable": "true", "compile.backend": "inductr"}, 'compile.backend ("inductr") must be one of'),
     ({"float8.enable": "true", "training.dtype": "float32"}, "needs a GPU of compute capability 8.9"),
