@@ -1,0 +1,185 @@
+"""What stands in a Hugging Face folder: block-wise float8 weights, config.json, and what cannot be loaded."""
+
+import dataclasses
+
+import pytest
+import torch
+from hf_models import (
+    DEEPSEEK,
+    LLAMA,
+    build,
+    load_ours,
+    read_config,
+    save,
+    stored,
+    tensors_of,
+    write_config,
+)
+from safetensors.torch import load_file, save_file
+
+from checkpoint import model_args_of_folder, require_same_model
+from checkpoint.hf_config import config_of_model
+from checkpoint.hf_files import TensorReader
+from model import FLAVORS, get_flavor
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """(model, folder) by name."""
+    folder = tmp_path_factory.mktemp("sources")
+    models = {
+        "grouped-query": build("Llama", **LLAMA),
+        "tied": build("Llama", **dict(LLAMA, tie_word_embeddings=True)),
+        "V3": build("DeepseekV3", **dict(DEEPSEEK, q_lora_rank=24, n_group=4, topk_group=2)),
+    }
+    return {name: (model, save(model, folder / name)) for name, model in models.items()}
+
+
+# ------------------------------------------------------------------------------------------------ float8
+
+
+def quantise(folder, to, twin, block):
+    """Copies a folder to `to` with its matrices in block-wise float8, and to `twin` with what they then stand for."""
+    tensors, eights, twins = stored(folder), {}, {}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or "embed" in name or "lm_head" in name or "mlp.gate.weight" in name:
+            eights[name] = twins[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        blocks = [(size - 1) // b + 1 for size, b in zip(tensor.shape, block, strict=True)]
+        scale = torch.rand(blocks, generator=torch.Generator().manual_seed(len(eights))) + 0.5
+        spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        eights[name], eights[f"{name}_scale_inv"] = (tensor / spread).to(torch.float8_e4m3fn), scale
+        twins[name] = eights[name].float() * spread
+    for path, content in ((to, eights), (twin, twins)):
+        path.mkdir()
+        save_file(content, path / "model.safetensors")
+    write_config(twin, read_config(folder))
+    quantization = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=list(block))
+    write_config(to, read_config(folder) | dict(quantization_config=quantization))
+
+
+@pytest.mark.parametrize("block", [(16, 8), (5, 7), (128, 128)])
+def test_float8_blocks_equal_their_dequantised_twin(sources, block, tmp_path):
+    """Whole, and in rectangles that begin and end inside of blocks; rows in any order."""
+    quantise(sources["V3"][1], tmp_path / "float8", tmp_path / "twin", block)
+    ours, twin = (tensors_of(load_ours(tmp_path / name, torch.float32)) for name in ("float8", "twin"))
+    for name, tensor in twin.items():
+        assert torch.equal(ours[name], tensor), name
+    reader, expected = TensorReader(str(tmp_path / "float8")), load_file(tmp_path / "twin" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"  # [32, 48]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        first = [int(torch.randint(size, (), generator=generator)) for size in (32, 48)]
+        end = [
+            int(torch.randint(f + 1, size + 1, (), generator=generator))
+            for f, size in zip(first, (32, 48), strict=True)
+        ]
+        rows, columns = (torch.arange(f, e) for f, e in zip(first, end, strict=True))
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        assert torch.equal(reader.read(name, [rows, columns]), expected[name][rows][:, columns])
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+def without(name):
+    def change(folder):
+        tensors = stored(folder)
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+def with_tensor(name, tensor):
+    return lambda folder: save_file(stored(folder) | {name: tensor}, folder / "model.safetensors")
+
+
+def with_config(**values):
+    return lambda folder: write_config(folder, read_config(folder) | values)
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+REFUSED = {
+    K_PROJ + r" \(1 tensors are missing\)": without(K_PROJ),
+    rf"{K_PROJ} is \[32, 32\], for layers.1.attention.wk.weight it must be \[16, 32\]": with_tensor(
+        K_PROJ, torch.zeros(32, 32)
+    ),
+    r"q_proj.bias, which the model has no place for \(1 such": with_tensor(
+        "model.layers.0.self_attn.q_proj.bias", torch.zeros(32)
+    ),
+    "is in float8, but there is no": with_tensor(K_PROJ, torch.zeros(16, 32).to(torch.float8_e4m3fn)),
+    "architecture Qwen2ForCausalLM is not supported": with_config(architectures=["Qwen2ForCausalLM"]),
+    "architecture missing": with_config(architectures=None),
+    "attention_bias is true; only false": with_config(attention_bias=True),
+    "head_dim is 16; only 8": with_config(head_dim=16),
+    "hidden_act": with_config(hidden_act="gelu"),
+    "has no vocab_size": with_config(vocab_size=None),
+    'RoPE of type "linear"': with_config(rope_parameters=dict(rope_type="linear", factor=2.0)),
+    "YaRN is supported": with_config(rope_parameters=dict(rope_type="yarn", factor=2.0, attention_factor=2.0)),
+    'only "fp8" in blocks': with_config(quantization_config=dict(quant_method="gptq")),
+    "is damaged": lambda folder: (folder / "model.safetensors").write_bytes(b"12345678nothing"),
+    "has neither": lambda folder: (folder / "model.safetensors").unlink(),
+    "not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "cannot read config.json": lambda folder: (folder / "config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_loaded_is_named(sources, message, tmp_path):
+    """One ValueError, with the tensor or the key in it."""
+    folder = save(sources["grouped-query"][0], tmp_path / "hf")
+    REFUSED[message](folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_ours(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_blocks_that_are_not_wanted(sources, tmp_path, capsys):
+    """A model of the first block of a folder leaves the others out, and says so; a block that config.json counts but no
+    file has is named, with the cure."""
+    _, folder = sources["grouped-query"]
+    args = dataclasses.replace(model_args_of_folder(str(folder)), n_layers=1)
+    model = load_ours(folder, args=args)
+    assert "its layers [1] are left out" in capsys.readouterr().out
+    assert torch.equal(model.layers["0"].feed_forward.w1.weight, stored(folder)["model.layers.0.mlp.gate_proj.weight"])
+    folder = save(sources["V3"][0], tmp_path / "hf")
+    with_config(num_nextn_predict_layers=1)(folder)
+    with pytest.raises(ValueError, match=r"has no model.layers.2.*--model.n_mtp_layers 0"):
+        load_ours(folder)
+
+
+def test_tied_there_but_not_here(sources):
+    """A head that is the embedding in the folder starts as a copy of it where the two are to be different."""
+    _, folder = sources["tied"]
+    model = load_ours(folder, args=dataclasses.replace(model_args_of_folder(str(folder)), tie_embeddings=False))
+    assert torch.equal(model.output.weight, model.tok_embeddings.weight)
+    assert model.output.weight is not model.tok_embeddings.weight
+
+
+@pytest.mark.parametrize("name", FLAVORS)
+def test_a_flavor_survives_config_json(name, tmp_path):
+    """Written as config.json and read again it is the flavor, but for what only training knows."""
+    args = get_flavor(name)
+    write_config(tmp_path, config_of_model(args))
+    training = dict(balance_loss_weight=args.balance_loss_weight)
+    assert dataclasses.replace(model_args_of_folder(str(tmp_path)), **training) == args
+    require_same_model(args, str(tmp_path))
+    with pytest.raises(ValueError, match=rf"hidden_size is {args.dim} there, {2 * args.dim} here.*hf:{tmp_path}"):
+        require_same_model(dataclasses.replace(args, dim=2 * args.dim), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(attention="gqa"),
+        dict(score_function="softmax"),
+        dict(n_group_top=1),
+        dict(rope_scaling="yarn", rope_mscale=0.7),
+    ],
+)
+def test_what_no_architecture_computes_is_not_exported(change):
+    """A model that transformers would take for another one is refused."""
+    with pytest.raises(ValueError, match=r"none of LlamaForCausalLM|Hugging Face's YaRN has no rope_mscale 0.7"):
+        config_of_model(dataclasses.replace(get_flavor("deepseek_v3_debug"), **change))
