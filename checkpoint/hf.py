@@ -79,7 +79,7 @@ def _require_all(reader: TensorReader, sources: dict[str, Theirs], args: ModelAr
     missing = sorted(needed - reader.file_of.keys(), key=in_order)
     if missing:
         is_mtp = layer_of(missing[0]) >= args.n_layers
-        cure = "; its config.json counts it, but leave it out with --model.n_mtp_layers 0" if is_mtp else ""
+        cure = "; without multi-token prediction: --model.n_mtp_layers 0" if is_mtp else ""
         raise ValueError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
     known = needed | copies_of(args).keys() | {f"{name}_scale_inv" for name in needed}
     unread = [n for n in reader.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
@@ -138,6 +138,8 @@ def export_hf(
         args = ModelArgs(**json.load(file)["model_args"])
     args = replace(args, n_mtp_layers=0) if skip_mtp else args
     config = config_of_model(args)
+    if args.attention == "mla" and args.norm_eps != 1e-6:
+        print(f"warning: transformers normalises latents with an epsilon of 1e-6, this model with {args.norm_eps}")
 
     reader = dcp.FileSystemReader(checkpoint)
     metadata = reader.read_metadata()
