@@ -71,9 +71,10 @@ class Parallelism:
     tensor_parallel_degree: int = option(1, "ways each weight is cut, and between blocks the sequence", 1)
     enable_async_tensor_parallel: bool = option(False, "overlap its collectives with matmuls (CUDA, compile)")
     context_parallel_degree: int = option(1, "ways each sequence is cut", 1)
-    context_parallel_method: Literal["allgather", "alltoall"] = option(
-        "allgather", "gather keys and values; or exchange heads for tokens (Ulysses)"
+    context_parallel_method: Literal["allgather", "alltoall", "latent"] = option(
+        "allgather", "gather keys and values; exchange heads for tokens (Ulysses); gather the latents of MLA"
     )
+    expert_parallel_degree: int = option(1, "ranks that share the experts; divides shard x context x tensor degree", 1)
     pipeline_parallel_degree: int = option(1, "ranks that share the layers, one after another", 1)
     pipeline_parallel_schedule: Literal[
         "GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"

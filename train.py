@@ -21,12 +21,12 @@ import torch.distributed as dist
 from checkpoint import CheckpointManager, model_args_of_folder, require_same_model
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
-from model import ModelArgs, Transformer, flops_per_token, get_flavor, num_params
+from model import ModelArgs, Transformer, flops_per_token, further_tokens, get_flavor, num_params
 from options import save_config
 from parallelize import (
     Degrees,
     Mesh,
-    TiedEmbedding,
+    SharedEmbedding,
     apply_float8,
     build_mesh,
     build_pipeline,
@@ -37,6 +37,7 @@ from parallelize import (
     split_into_stages,
     update_float8_scales,
 )
+from training.balance import ExpertBalance
 from training.distributed import (
     clean_exit,
     first_on_each_machine,
@@ -77,9 +78,7 @@ def main(config: Config) -> None:
         )
     order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len}"
     require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=order_of_data)
-    global_batch_size = training.global_batch_size
-    if global_batch_size == -1:
-        global_batch_size = training.local_batch_size * mesh.batch_size
+    global_batch_size = global_batch_size_of(config, mesh)
 
     # What is trained. 1) shapes, on meta: this rank's part of the model
     model_args = model_args_of(config)
@@ -89,9 +88,10 @@ def main(config: Config) -> None:
     for stage in stages:
         stage.to_empty(device="cpu" if training.enable_cpu_offload else device)
         init_weights(stage, model_args, training.seed)
-    tied = TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
+    shared = SharedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
     named = [item for stage in stages for item in stage.named_parameters()]
-    parameters = {name: parameter for name, parameter in named if not tied.is_copy(parameter)}
+    parameters = {name: parameter for name, parameter in named if not shared.is_copy(parameter)}
+    balance = ExpertBalance(stages, mesh.tokens, mesh.pp)
 
     optimizer = build_optimizer(
         parameters,
@@ -108,6 +108,7 @@ def main(config: Config) -> None:
     checkpoint = CheckpointManager(
         os.path.join(config.job.dump_folder, config.checkpoint.folder),
         parameters=parameters,
+        buffers=balance.biases,
         optimizer=optimizer,
         model_args=model_args,
         enable=config.checkpoint.enable,
@@ -117,7 +118,7 @@ def main(config: Config) -> None:
     resumed = checkpoint.load(
         config.checkpoint.load_step, config.checkpoint.initial_load_path, config.checkpoint.initial_load_in_hf
     )
-    weights_have_changed(stages, tied)
+    weights_have_changed(stages, shared)
     if resumed is not None:
         step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
         log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
@@ -158,14 +159,15 @@ def main(config: Config) -> None:
     metrics.start()
     while step < training.steps:
         # ---------------------------------------------------------------------------------------- the step
-        microbatches = [shard_sequences(batch, mesh.cp) for batch in next(batches)]
+        microbatches = [with_further_tokens(batch, model_args.n_mtp_layers) for batch in next(batches)]
+        microbatches = [shard_sequences(batch, mesh.cp) for batch in microbatches]
         microbatches = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in microbatches]
         num_tokens = count_valid_tokens(microbatches, mesh.loss)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(microbatches):
             set_last_microbatch(stages, is_last=i == len(microbatches) - 1, keeps_weights=keeps_weights)
             loss = loss + forward_backward(batch, num_tokens)
-        tied.add_gradient()
+        shared.add_gradient()
         grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)
         if not math.isfinite(grad_norm):
             # Before the weights take it up: the last checkpoint, and the weights in memory, are still good.
@@ -175,7 +177,8 @@ def main(config: Config) -> None:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        weights_have_changed(stages, tied)
+        balance.update()
+        weights_have_changed(stages, shared)
         step += 1
         # ------------------------------------------------------------------------------- everything else
         tokens = global_batch_size * training.seq_len
@@ -183,7 +186,9 @@ def main(config: Config) -> None:
         metrics.count(tokens)
         if metrics.is_log_step(step):
             mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
-            metrics.log(step, loss=mean_loss, grad_norm=grad_norm, lr=lr, tokens_seen=tokens_seen)
+            metrics.log(
+                step, loss=mean_loss, grad_norm=grad_norm, lr=lr, tokens_seen=tokens_seen, experts=balance.report()
+            )
         checkpoint.maybe_save(
             step,
             is_last=step == training.steps,
@@ -213,16 +218,22 @@ def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: 
     (model,) = stages
 
     def forward_backward(batch, num_tokens):
-        loss = model(batch["tokens"], batch["positions"], batch["labels"]) / num_tokens
+        inputs = dict(batch)
+        loss = model(inputs.pop("tokens"), **inputs) / num_tokens
         loss.backward()
         return loss.detach()
 
     return forward_backward
 
 
-def weights_have_changed(stages, tied) -> None:
-    """What is derived from the weights follows them: the copy of a tied one, and float8's scales."""
-    tied.copy_weight()
+def with_further_tokens(batch: dict, depth: int) -> dict:
+    """The batch and, for multi-token prediction, the tokens behind each of its tokens: while sequences are whole."""
+    return batch | further_tokens(batch["tokens"], batch["labels"], depth) if depth else batch
+
+
+def weights_have_changed(stages, shared) -> None:
+    """What is derived from the weights follows them: the copy of a shared one, and float8's scales."""
+    shared.copy_weight()
     for stage in stages:
         update_float8_scales(stage)
 
@@ -235,7 +246,14 @@ def degrees_of(config: Config) -> Degrees:
         dp_shard=p.data_parallel_shard_degree,
         cp=p.context_parallel_degree,
         tp=p.tensor_parallel_degree,
+        ep=p.expert_parallel_degree,
     )
+
+
+def global_batch_size_of(config: Config, mesh: Mesh) -> int:
+    """Sequences of an optimizer step."""
+    given = config.training.global_batch_size
+    return config.training.local_batch_size * mesh.batch_size if given == -1 else given
 
 
 def model_args_of(config: Config) -> ModelArgs:
@@ -256,7 +274,8 @@ def build_stages(
     every parallelism applied to each."""
     training, p, float8 = config.training, config.parallelism, config.float8
     with torch.device("meta"):
-        model = Transformer(model_args, training.loss_chunk_size).to(getattr(torch, training.dtype))
+        model = Transformer(model_args, training.loss_chunk_size, global_batch_size_of(config, mesh))
+    model.to(getattr(torch, training.dtype))
     if float8.enable:  # before the split, so that what is to be skipped is looked for in the whole model
         report = apply_float8(
             model,

@@ -22,23 +22,29 @@ from checkpoint.hf import load_hf
 from model.args import ModelArgs
 from parallelize.float8 import as_plain
 
+# Of the model's arguments, those that decide how it learns and not what it computes: they may change on the way.
+TRAINING_ONLY = ("init_std", "expert_bias_speed", "balance_loss_weight", "mtp_loss_weight")
+
 
 class CheckpointManager:
     """Owns one folder of checkpoints of one run: of this rank's parameters, by name (a pipeline stage has only some, a
-    tied one counts once), and the optimizer's state for them. Every method but the constructor is a collective."""
+    tied one counts once), what else was learned (buffers), and the optimizer's state. Every method but the constructor
+    is a collective."""
 
     def __init__(
         self,
         folder: str,
         *,
         parameters: dict[str, nn.Parameter],
+        buffers: dict[str, Tensor],
         optimizer: torch.optim.Optimizer,
         model_args: ModelArgs,
         enable: bool,
         interval: int,
         keep_latest_k: int,
     ):
-        self.folder, self.parameters, self.optimizer, self.model_args = folder, parameters, optimizer, model_args
+        self.folder, self.parameters, self.buffers = folder, parameters, buffers
+        self.optimizer, self.model_args = optimizer, model_args
         self.enable, self.interval, self.keep_latest_k = enable, interval, keep_latest_k
         self.saved_step = None
 
@@ -99,11 +105,11 @@ class CheckpointManager:
                 tensors = {name.removeprefix("model."): t for name, t in self._model_tensors().items()}
                 load_hf(initial_load_path, tensors, self.model_args)
             elif initial_load_path:
-                self._read(initial_load_path, self._model_tensors(), free=("init_std", "max_seq_len", "rope_"))
+                self._read(initial_load_path, self._model_tensors(), free=(*TRAINING_ONLY, "max_seq_len", "rope_"))
             return None
         step = load_step if load_step >= 0 else steps[-1]
         slots = self._optimizer_slots(self._path(step))
-        state = self._read(self._path(step), {**self._model_tensors(), **slots}, free=("init_std",))
+        state = self._read(self._path(step), {**self._model_tensors(), **slots}, free=TRAINING_ONLY)
         self._load_optimizer(slots)
         self._set_aside([s for s in steps if s > step])
         self.saved_step = step
@@ -184,8 +190,9 @@ class CheckpointManager:
     # --------------------------------------------------------------------------------------------- names
 
     def _model_tensors(self) -> dict[str, Tensor]:
-        """Parameters by name. Detached, but the same memory: loading writes into the model."""
-        return {f"model.{name}": as_plain(parameter) for name, parameter in self.parameters.items()}
+        """Parameters and buffers by name. Detached, but the same memory: loading writes into the model."""
+        parameters = {f"model.{name}": as_plain(parameter) for name, parameter in self.parameters.items()}
+        return parameters | {f"model.{name}": buffer for name, buffer in self.buffers.items()}
 
     def _optimizer_tensors(self) -> dict[str, Tensor]:
         """The optimizer's state by the name of its parameter, whatever group or order that is in."""

@@ -83,6 +83,11 @@ class ModelArgs:
             for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
                 if getattr(self, name) < 1:
                     raise ValueError(f'model.attention "mla" needs model.{name} ({getattr(self, name)}) of at least 1.')
+            if self.n_kv_heads != self.n_heads:
+                raise ValueError(
+                    f'model.attention "mla" has as many key heads as query heads: set model.n_kv_heads '
+                    f"({self.n_kv_heads}) to model.n_heads ({self.n_heads})."
+                )
         else:
             if self.dim % self.n_heads != 0:
                 raise ValueError(f"model.n_heads ({self.n_heads}) must divide model.dim ({self.dim}).")

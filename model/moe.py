@@ -70,6 +70,7 @@ class Router(nn.Module):
             self.register_buffer("expert_bias", torch.zeros(args.n_experts, dtype=torch.float32))
         # Of the optimizer step so far, on this rank; the Transformer counts, where nothing is recomputed.
         self.register_buffer("tokens_per_expert", torch.zeros(args.n_experts, dtype=torch.int64), persistent=False)
+        self.compute = router_logits  # of the weight: a seam, as in Experts
         self.of_sequence = nn.Identity()  # a seam: counts of a rank's part of the sequences -> of the sequences
 
     def _apply(self, *args, **kwargs):
@@ -82,8 +83,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, S, D] -> scores [T, K], in float32 at least; experts [T, K] and tokens by expert [E], both int64."""
         args = self.args
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits_TE = F.linear(x.flatten(0, 1).to(wide), self.weight.to(wide))
+        logits_TE = self.compute(x.flatten(0, 1), self.weight)
         scores_TE = logits_TE.softmax(-1) if args.score_function == "softmax" else logits_TE.sigmoid()
         with torch.no_grad():
             experts_TK = self.choose(scores_TE)
@@ -122,6 +122,11 @@ class Router(nn.Module):
         return self.args.balance_loss_weight / self.sequences_per_step * loss
 
 
+def router_logits(x_TD: Tensor, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(x_TD.dtype, torch.float32)
+    return F.linear(x_TD.to(wide), weight.to(wide))
+
+
 class AddLoss(torch.autograd.Function):
     """x as it is; its backward is as if `loss` had been added to the step's loss, unscaled: a pipeline stage may never
     see that one."""
@@ -145,12 +150,17 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
         self.w2 = nn.Parameter(torch.empty(n_experts, hidden_dim, dim))
         self.w3 = nn.Parameter(torch.empty(n_experts, dim, hidden_dim))
+        self.compute = run_experts  # of the weights: the seam where a rank has only some of them
 
     def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
         """rows [R, D], sorted by expert, counts (int64 [E]) of each -> [R, D]."""
-        # There is no grouped product of float64.
-        run = experts_in_a_loop if rows.dtype == torch.float64 else experts_grouped
-        return run(rows, counts, self.w1, self.w2, self.w3)
+        return self.compute(rows, counts, self.w1, self.w2, self.w3)
+
+
+def run_experts(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    # There is no grouped product of float64.
+    run = experts_in_a_loop if rows.dtype == torch.float64 else experts_grouped
+    return run(rows, counts, w1, w2, w3)
 
 
 def experts_in_a_loop(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:

@@ -6,17 +6,18 @@ from torch import nn
 from parallelize.activation import apply_activation_checkpoint
 from parallelize.compile import apply_compile
 from parallelize.context import apply_context_parallel, shard_sequences
+from parallelize.expert import apply_expert_parallel
 from parallelize.float8 import apply_float8, update_float8_scales
 from parallelize.fsdp import apply_fsdp, set_last_microbatch
 from parallelize.init import init_weights
 from parallelize.mesh import Degrees, Mesh, build_mesh
-from parallelize.pipeline import TiedEmbedding, build_pipeline, split_into_stages
+from parallelize.pipeline import SharedEmbedding, build_pipeline, split_into_stages
 from parallelize.tensor import apply_tensor_parallel
 
 __all__ = [
     "Degrees",
     "Mesh",
-    "TiedEmbedding",
+    "SharedEmbedding",
     "apply_float8",
     "build_mesh",
     "build_pipeline",
@@ -52,8 +53,10 @@ def parallelize(
     the others have left of a weight, and its hooks must stay outside of anything that is compiled or recomputed.
     """
     degrees = mesh.degrees
+    experts_apart = degrees.ep > 1 or degrees.tp > 1
     apply_context_parallel(stage, mesh.cp, method=context_parallel_method, seq_len=seq_len, tp=degrees.tp)
     apply_tensor_parallel(stage, mesh.tp, seq_len=seq_len // degrees.cp, use_async=async_tensor_parallel)
+    apply_expert_parallel(stage, mesh.ep, mesh.sequence)
     recomputes_collectives = recompute_mode in ("full", "memory_budget") or (
         recompute_mode == "selective" and recompute_option != "op"
     )
@@ -65,10 +68,11 @@ def parallelize(
         )
     apply_activation_checkpoint(stage, mode=recompute_mode, selective=recompute_option, memory_budget=memory_budget)
     if compile_backend is not None:
-        apply_compile(stage, backend=compile_backend)
+        apply_compile(stage, backend=compile_backend, experts_apart=experts_apart)
     apply_fsdp(
         stage,
         mesh.data_parallel,
+        expert_mesh=mesh.expert_data_parallel if experts_apart else None,
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
         # A stage runs many forwards and backwards in a row: gathering its weights for each would be dear.

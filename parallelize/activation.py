@@ -102,8 +102,8 @@ def _either(choices: tuple[str, ...]) -> str:
 
 
 def _recompute(model: nn.Module, forward, every: int) -> None:
-    for name, block in model.layers.items():  # by its number in the whole model
-        if (int(name) + 1) % every == 0:
+    for number, block in model.blocks().items():
+        if (number + 1) % every == 0:
             # A method and not a closure over the block: a copied block calls itself, and the compiler sees the same
             # function in every block, so that they share one graph.
             block.forward = MethodType(forward, block)

@@ -5,7 +5,7 @@ to more: with C ranks, a sequence is cut in 2C chunks, and rank r holds chunks r
 one from the tail, so that all have the same work (Llama 3, arXiv:2407.21783, section 3.3.2). Positions and labels are
 cut like the tokens and travel with them.
 
-Two methods, for a rank's b = batch x seq / C tokens of a microbatch and the heads of size d that tensor parallelism
+Three methods, for a rank's b = batch x seq / C tokens of a microbatch and the heads of size d that tensor parallelism
 leaves it, H of queries and K of keys and values; in elements, of param_dtype's bytes:
 
     allgather   Queries stay. Keys and values of the whole sequence are gathered; their gradients are reduce-scattered.
@@ -19,7 +19,12 @@ leaves it, H of queries and K of keys and values; in elements, of param_dtype's 
 
 With H = 4K, allgather receives less up to C = 5, and alltoall beyond; memory is alltoall's case at any C.
 
-Torch's own ring attention (torch.distributed.tensor.experimental) is not a third: it replaces
+    latent      For multi-head latent attention: allgather, but of the latents that keys and values are made from, with
+                the key that has RoPE: per layer b (kv_lora_rank + qk_rope_head_dim) (C-1) in forward and the same in
+                backward, 576 numbers a token where DeepSeek-V3's keys and values are 40,960. Every rank makes keys and
+                values of the whole sequence, so it computes C times the product that makes them.
+
+Torch's own ring attention (torch.distributed.tensor.experimental) is not among them: it replaces
 F.scaled_dot_product_attention for the whole process, works on CUDA alone, and is not among the stable API.
 
 Proof: tests/test_parity.py; the bytes: tests/test_communication.py.
@@ -28,11 +33,11 @@ Proof: tests/test_parity.py; the bytes: tests/test_communication.py.
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.nn.attention.bias import causal_lower_right
 
 from model.args import ModelArgs
 from parallelize.compat import all_to_all_single_autograd
+from parallelize.styles import gather_sequence
 
 
 def shard_sequences(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
@@ -50,15 +55,32 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, *, method: str, s
     if mesh.size() == 1:
         return
     require_divisible(model.args, mesh.size(), method, seq_len, tp)
-    make = {"allgather": GatheredAttention, "alltoall": HeadExchangeAttention}[method]
-    for block in model.layers.values():
+    make = {"allgather": GatheredAttention, "alltoall": HeadExchangeAttention, "latent": PartOfQueries}[method]
+    for block in model.blocks().values():
         block.attention.core = make(block.attention.core, mesh, seq_len)
+        if method == "latent":
+            block.attention.latent = GatherTokens(mesh)
 
 
-class GatheredAttention(nn.Module):
+class GatherTokens(nn.Module):
+    """[batch, seq / C, ...] of this rank's two chunks -> [batch, seq, ...]."""
+
+    def __init__(self, mesh: DeviceMesh):
+        super().__init__()
+        self.mesh = mesh
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Every rank's queries contribute to the gradient of every key: a sum, which gather_sequence scatters. Without
+        # that only the own part of it would come back.
+        return in_order(gather_sequence(x[None], self.mesh, dim=0))
+
+
+class PartOfQueries(nn.Module):
+    """Attention of this rank's two chunks of queries to the keys and values of the whole sequence."""
+
     def __init__(self, core: nn.Module, mesh: DeviceMesh, seq_len: int):
         super().__init__()
-        self.core, self.mesh = core, mesh
+        self.core = core
         rank, chunk = mesh.get_local_rank(), seq_len // (2 * mesh.size())
         # A chunk of queries sees the keys up to its own end, and of the last of these only what is past. This mask is
         # never made on a GPU, it picks a kernel. (Made here, as it cannot be under selective recomputation.)
@@ -66,14 +88,20 @@ class GatheredAttention(nn.Module):
         self.masks = [causal_lower_right(chunk, end) for end in self.ends]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v [batch, seq / C, heads, head_dim] of this rank's two chunks; returns q's shape."""
-        kv = DTensor.from_local(torch.cat((k, v), dim=-1)[None], self.mesh, [Shard(0)], run_check=False)
-        # Every rank's queries contribute to the gradient of every key: a sum. Without Partial only the own part of it
-        # would come back.
-        kv = kv.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
-        k, v = in_order(kv).split((k.size(-1), v.size(-1)), dim=-1)
+        """q [batch, seq / C, heads, d_qk] of the two chunks; k and v [batch, seq, heads, d] -> [.., heads, d_v]."""
         parts = zip(q.chunk(2, dim=1), self.ends, self.masks, strict=True)
         return torch.cat([self.core(part, k[:, :end], v[:, :end], mask) for part, end, mask in parts], dim=1)
+
+
+class GatheredAttention(PartOfQueries):
+    def __init__(self, core: nn.Module, mesh: DeviceMesh, seq_len: int):
+        super().__init__(core, mesh, seq_len)
+        self.gather = GatherTokens(mesh)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v [batch, seq / C, heads, d] of this rank's two chunks -> [batch, seq / C, heads, d_v]."""
+        k, v = self.gather(torch.cat((k, v), dim=-1)).split((k.size(-1), v.size(-1)), dim=-1)
+        return super().forward(q, k, v)
 
 
 class HeadExchangeAttention(nn.Module):
@@ -120,6 +148,11 @@ def require_divisible(args: ModelArgs, degree: int, method: str, seq_len: int, t
         raise ValueError(
             f"training.seq_len ({seq_len}) must be a multiple of 2 x parallelism.context_parallel_degree ({degree}): "
             f"each rank takes one part from the head and one from the tail; use {below} or {below + 2 * degree}."
+        )
+    if method == "latent" and args.attention != "mla":
+        raise ValueError(
+            f'parallelism.context_parallel_method "latent" gathers the latents of model.attention "mla", but it is '
+            f'"{args.attention}"; use "allgather".'
         )
     for name, heads in (("model.n_heads", args.n_heads), ("model.n_kv_heads", args.n_kv_heads)):
         if method == "alltoall" and heads // tp % degree != 0:

@@ -6,9 +6,11 @@ runs, and freed after; its gradients are summed and scattered as soon as backwar
 Who holds what, with N ranks on the fsdp axis and R on dp_replicate: a rank holds 1/N of every weight, and R ranks hold
 the same 1/N (HSDP; N = 1 is plain replication, R = 1 plain FSDP).
 
+Experts are sharded over efsdp instead of fsdp, see parallelize/expert.py; a group of their own where that differs.
+
 Weights are communicated in groups: each block, the embedding, the head with the last norm (a tied embedding is in the
-head's). For each group of P elements (rows of its weights rounded up to a multiple of N), of b bytes in param_dtype and
-s in reduce_dtype, with M microbatches a step:
+head's), what a block of multi-token prediction has besides. For each group of P elements (rows of its weights rounded
+up to a multiple of N), of b bytes in param_dtype and s in reduce_dtype, with M microbatches a step:
 
     fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and the head;
                     1 for each when weights are not freed after forward
@@ -25,8 +27,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
+from model.moe import Experts
 from parallelize.gloo import use_direct_messages
 
 
@@ -34,13 +37,15 @@ def apply_fsdp(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
+    expert_mesh: DeviceMesh | None = None,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: bool,
     cpu_offload: bool,
 ) -> None:
-    """Shards model in place over mesh: (fsdp) or (dp_replicate, fsdp). Weights keep their dtype between steps; compute
-    is in param_dtype, gradients are summed in reduce_dtype."""
+    """Shards model in place over mesh: (fsdp) or (dp_replicate, fsdp), and its experts over expert_mesh: (efsdp) or
+    (dp_replicate, efsdp), if these are other ranks. Weights keep their dtype between steps; compute is in param_dtype,
+    gradients are summed in reduce_dtype."""
     nothing_to_do = mesh.size() == 1 and not cpu_offload and all(p.dtype == param_dtype for p in model.parameters())
     if nothing_to_do and not any(isinstance(p, DTensor) for p in model.parameters()):
         return  # one rank that casts and moves nothing: FSDP would only copy each weight before its use
@@ -51,10 +56,21 @@ def apply_fsdp(
         mp_policy=MixedPrecisionPolicy(param_dtype, reduce_dtype, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
     )
-    for block in model.layers.values():
-        fully_shard(block, **policy, reshard_after_forward=reshard_after_forward)
+    blocks = list(model.blocks().values())
+    for block in blocks:
+        place = _placement_of_experts(block, (expert_mesh or mesh).size(-1))
+        if expert_mesh is not None and block.moe is not None:
+            fully_shard(
+                block.moe.experts,
+                **policy | dict(mesh=expert_mesh),
+                reshard_after_forward=reshard_after_forward,
+                shard_placement_fn=place,
+            )
+        fully_shard(block, **policy, reshard_after_forward=reshard_after_forward, shard_placement_fn=place)
+    for layer in model.mtp.values():
+        fully_shard(layer, **policy, reshard_after_forward=reshard_after_forward)
     # A tied weight must be in one group: then embedding and head stay in the root's.
-    if not model.args.tie_embeddings:
+    if not (model.args.tie_embeddings and model.output is not None and model.tok_embeddings is not None):
         if model.tok_embeddings is not None:
             fully_shard(model.tok_embeddings, **policy, reshard_after_forward=reshard_after_forward)
             model.tok_embeddings.set_unshard_in_backward(False)  # its gradient does not depend on its weight
@@ -62,15 +78,44 @@ def apply_fsdp(
             # Backward begins with the head at once: freeing it after forward would only gather it again.
             fully_shard([model.norm, model.output], **policy, reshard_after_forward=False)
     fully_shard(model, **policy, reshard_after_forward=False)
-    is_gloo = mesh.device_type == "cpu" and dist.get_backend(mesh.get_group(mesh.ndim - 1)) == "gloo"
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided once, by the whole step's tokens: every reduction is a plain sum. Neither call
             # recurses, and gloo has no pre-multiplied sum to fall back on.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            if mesh.size(-1) > 1 and is_gloo:
+            own_mesh = (
+                expert_mesh if isinstance(module, Experts) else mesh
+            )  # their module is one only if they are apart
+            is_gloo = mesh.device_type == "cpu" and dist.get_backend(own_mesh.get_group(own_mesh.ndim - 1)) == "gloo"
+            if own_mesh.size(-1) > 1 and is_gloo:
                 use_direct_messages(module)
+    _prefetch_around_dispatch(blocks)
+
+
+def _placement_of_experts(block: nn.Module, ranks: int):
+    """Experts are cut by number, or where there are more ranks than experts, along each matrix's rows."""
+    experts = set() if block.moe is None else set(block.moe.experts.parameters())
+    local_experts = min((_local(p).size(0) for p in experts), default=0)
+
+    def place(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter in experts and local_experts < ranks else None
+
+    return place
+
+
+def _prefetch_around_dispatch(blocks: list[nn.Module]) -> None:
+    """Where experts are a group of their own the CPU waits in the middle of each block (see parallelize/expert.py), and
+    what is to be gathered meanwhile must have been issued before. (In backward nothing waits.)"""
+    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+        if block.moe is not None and isinstance(block.moe.experts, FSDPModule):
+            block.set_modules_to_forward_prefetch([block.moe.experts])
+            if following is not None:
+                block.moe.experts.set_modules_to_forward_prefetch([following])
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def set_last_microbatch(stages: list[nn.Module], *, is_last: bool, keeps_weights: bool) -> None:

@@ -22,8 +22,11 @@ Other views of the same ranks, in the same order:
     batch = dp_replicate x dp_shard        who reads which samples
     loss  = dp_replicate x dp_shard x cp   who holds different tokens, so over whom token counts and losses are summed
     fsdp  = dp_shard x cp                  over whom a weight is sharded: context ranks hold the same weights
-    efsdp x ep = dp_shard x cp x tp        the same for experts, which are never tensor-parallel: expert parallelism
-                                           borrows ranks, it adds none
+    tokens = all but pp                    who holds different tokens between attention and the next: the sequence is
+                                           cut over tp too
+    sequence = cp x tp                     who shares sequences
+    efsdp x ep = dp_shard x cp x tp        the same as fsdp for experts, which are never tensor-parallel: expert
+                                           parallelism borrows ranks, it adds none
 """
 
 from dataclasses import dataclass, fields
@@ -109,7 +112,10 @@ class Mesh:
     pp: DeviceMesh
     cp: DeviceMesh
     tp: DeviceMesh
+    ep: DeviceMesh
+    sequence: DeviceMesh  # cp, tp: who shares sequences
     loss: DeviceMesh  # over whom token counts and losses are summed
+    tokens: DeviceMesh  # over whom tokens of experts are counted
     data_parallel: DeviceMesh  # what fully_shard takes: (dp_replicate, fsdp), or fsdp alone
     expert_data_parallel: DeviceMesh  # the same for experts: (dp_replicate, efsdp), or efsdp alone
 
@@ -137,6 +143,7 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
     dense = make(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=fsdp, tp=d.tp)
     sparse = make(pp=d.pp, dp_replicate=d.dp_replicate, efsdp=experts // d.ep, ep=d.ep)
     loss = make(pp=d.pp, loss=d.dp_replicate * fsdp, tp=d.tp)["loss"]
+    tokens = loss if d.tp == 1 else make(pp=d.pp, tokens=d.dp_replicate * experts)["tokens"]
     # A 2-D mesh adds an all-reduce, over one rank when there is one copy.
     replicate = ("dp_replicate",) if d.dp_replicate > 1 else ()
     return Mesh(
@@ -147,7 +154,10 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
         pp=world["pp"],
         cp=world["cp"],
         tp=dense["tp"],  # of one root with FSDP's axis: a weight is cut over both
+        ep=sparse["ep"],
+        sequence=world["cp", "tp"],
         loss=loss,
+        tokens=tokens,
         data_parallel=dense[(*replicate, "fsdp")],
         expert_data_parallel=sparse[(*replicate, "efsdp")],
     )

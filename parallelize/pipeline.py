@@ -18,10 +18,11 @@ Who holds what: a rank its stages, and of FSDP's shards only theirs. All ranks o
 first stage uses the tokens, the last one the labels, all the positions.
 
 Messages per step: between neighbouring stages on different ranks, one stream [microbatch, seq / (cp x tp), dim] of
-param_dtype per microbatch in forward, and its gradient in backward; for an embedding that is the head too, where they
-are on different ranks, the gradient of a rank's shard of it to the first stage and its value back, in the weight's own
-dtype. (The first step begins with a greeting.) With FSDP, weights stay gathered through a schedule, and gradients are
-reduced once, after it: as for one microbatch whose weights are not freed.
+param_dtype per microbatch in forward, and its gradient in backward; for an embedding that the last stage uses too (as
+the head, or for multi-token prediction), where they are on different ranks, the gradient of a rank's shard of it to the
+first stage and its value back, in the weight's own dtype. (The first step begins with a greeting.) With FSDP, weights
+stay gathered through a schedule, and gradients are reduced once, after it: as for one microbatch whose weights are not
+freed.
 
 Proof: tests/test_parity.py; the messages: tests/test_communication.py.
 """
@@ -36,6 +37,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.tensor import DTensor
+
+from model import num_params
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
 V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
@@ -63,21 +66,26 @@ def split_into_stages(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stag
         for name in list(stage.layers):
             if not first <= int(name) < first + counts[index]:
                 del stage.layers[name]
-        if index != 0:
+        is_last = index == num_stages - 1
+        if index != 0 and not (is_last and args.n_mtp_layers):
             stage.tok_embeddings = None
-        if index != num_stages - 1:
+        if not is_last:
             stage.norm = stage.output = None
+            stage.mtp.clear()
         stages.append(stage)
     return stages
 
 
 def layers_per_stage(model: nn.Module, num_stages: int) -> list[int]:
     """How many blocks each stage gets: the heaviest stage is as light as can be. Embedding and head weigh what their
-    parameters weigh in blocks: memory for both, and for the head time as well."""
-    block = sum(p.numel() for p in next(iter(model.layers.values())).parameters())
+    parameters weigh in blocks: memory for both, and for the head time as well. A block weighs what works on a token, a
+    depth of multi-token prediction as a block and the head."""
+    args = model.args
+    block = (num_params(args, active=True) - args.vocab_size * args.dim) / args.n_layers
+    embedding = args.vocab_size * args.dim / block
     weights = [1.0] * num_stages
-    weights[0] += model.tok_embeddings.weight.numel() / block
-    weights[-1] += model.output.weight.numel() / block
+    weights[0] += embedding
+    weights[-1] += embedding + args.n_mtp_layers * (1 + embedding)
     counts = [1] * num_stages
     for _ in range(len(model.layers) - num_stages):
         lightest = weights.index(min(weights))
@@ -137,14 +145,14 @@ def build_pipeline(
         loss_fn=lambda loss_sum, num_tokens: (loss_sum / num_tokens).sum(),
         scale_grads=False,
     )
-    is_first = stages[0].tok_embeddings is not None
+    is_first = mesh.get_local_rank() == 0
 
     def forward_backward(batch: dict[str, Tensor], num_tokens: Tensor) -> Tensor:
         losses = []
         run.step(
             *([batch["tokens"]] if is_first else []),
             positions=batch["positions"],
-            labels=batch["labels"],
+            **{name: batch[name] for name in batch if name not in ("tokens", "positions")},
             target=num_tokens.expand(num_microbatches),  # a copy for each microbatch
             losses=losses,
             return_outputs=False,
@@ -154,8 +162,9 @@ def build_pipeline(
     return forward_backward
 
 
-class TiedEmbedding:
-    """Embedding and head are one weight, but on different stages: the first stage owns it, the last one has a copy.
+class SharedEmbedding:
+    """The last stage uses the embedding too, as the head (tied) or for multi-token prediction: the first stage owns it,
+    the last one has a copy.
 
     The copy's gradient is added to the owner's, the owner's value is copied back. So norm, optimizer and checkpoint
     know of one weight, wherever its users are. Does nothing where there is no such copy. Every method is a collective
@@ -166,11 +175,14 @@ class TiedEmbedding:
         self.owner = self.copy = None
         self.group, self.owner_rank = mesh.get_group(), 0
         self.copy_rank = 0 if schedule in V_SHAPED else mesh.size() - 1
-        if mesh.size() == 1 or not stages[0].args.tie_embeddings:
+        args = stages[0].args
+        if mesh.size() == 1 or not (args.tie_embeddings or args.n_mtp_layers):
             return
         for stage in stages:
-            self.owner = stage.tok_embeddings.weight if stage.tok_embeddings is not None else self.owner
-            self.copy = stage.output.weight if stage.output is not None else self.copy
+            if stage.output is not None:
+                self.copy = stage.output.weight if args.tie_embeddings else stage.tok_embeddings.weight
+            elif stage.tok_embeddings is not None:
+                self.owner = stage.tok_embeddings.weight
 
     def is_copy(self, parameter: nn.Parameter) -> bool:
         return parameter is self.copy

@@ -24,7 +24,7 @@ Activations and gradients have param_dtype's bytes. No logits are gathered: the 
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
@@ -35,8 +35,11 @@ from torch.distributed.tensor.parallel import (
 )
 
 from model.args import ModelArgs
-from model.head import Head, HeadCore, LossInChunks
+from model.head import Head, HeadCore, loss_in_chunks
 from parallelize.compat import enable_micro_pipelining
+from parallelize.styles import GatherInput, LocalWeights
+
+MTP_WEIGHTS = ("enorm", "hnorm", "eh_proj", "norm")
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, use_async: bool) -> None:
@@ -46,31 +49,56 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, u
     if mesh.size() == 1:
         return  # DTensors would only add their overhead
     require_divisible(model.args, mesh.size(), seq_len)
-    plan = {
-        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
-        "layers.*.attention_norm": SequenceParallel(),
-        # Gathered once for the three; inside the module it is a DTensor, so that their gradients, parts of a sum, are
-        # added before they are scattered, once.
-        "layers.*.attention": PrepareModuleInput(
+    # Gathered once for the three; inside the module it is a DTensor, so that their gradients, parts of a sum, are added
+    # before they are scattered, once.
+    gather_dtensor = dict(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+    feed_forward = {
+        "": PrepareModuleInput(**gather_dtensor),
+        ".w1": ColwiseParallel(),
+        ".w3": ColwiseParallel(),
+        ".w2": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    grouped_queries = {
+        "attention": PrepareModuleInput(
             input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
         ),
-        "layers.*.attention.wq": ColwiseParallel(),
-        "layers.*.attention.wk": ColwiseParallel(),
-        "layers.*.attention.wv": ColwiseParallel(),
-        "layers.*.attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-        "layers.*.ffn_norm": SequenceParallel(),
-        "layers.*.feed_forward": PrepareModuleInput(
-            input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)
-        ),
-        "layers.*.feed_forward.w1": ColwiseParallel(),
-        "layers.*.feed_forward.w3": ColwiseParallel(),
-        "layers.*.feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
+        "attention.wq": ColwiseParallel(),
+        "attention.wk": ColwiseParallel(),
+        "attention.wv": ColwiseParallel(),
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    # The latents, and with them the one key that has RoPE, are made whole on every rank, for its own heads. (Were the
+    # gradient of that key not summed, a run would diverge only after a thousand steps: pytorch/torchtitan #1373.)
+    latent = {
+        "attention": GatherInput(),
+        "attention.wq": LocalWeights(Shard(0)),
+        "attention.wq_a": LocalWeights(Replicate()),
+        "attention.q_norm": LocalWeights(Replicate()),
+        "attention.wq_b": LocalWeights(Shard(0)),
+        "attention.wkv_a": LocalWeights(Replicate()),
+        "attention.kv_norm": LocalWeights(Replicate()),
+        "attention.wkv_b": LocalWeights(Shard(0)),
+        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
+    }
+    in_block = {
+        "attention_norm": SequenceParallel(use_local_output=True),
+        **(latent if model.args.attention == "mla" else grouped_queries),
+        "ffn_norm": SequenceParallel(use_local_output=True),
+        # Experts are not cut here: each rank has its own tokens for them, see parallelize/expert.py.
+        "moe.router": LocalWeights(Replicate()),
+        **{f"feed_forward{name}": style for name, style in feed_forward.items()},
+        **{f"moe.shared_experts{name}": style for name, style in feed_forward.items()},
+    }
+    whole = {
+        "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(use_local_output=True),
         "output": VocabularyParallelHead(),
-    }  # fmt: skip
-    # A pipeline stage lacks some of them, and torch warns of a pattern that matches nothing.
-    missing = {name for name in ("tok_embeddings", "norm", "output") if getattr(model, name) is None}
-    parallelize_module(model, mesh, {name: style for name, style in plan.items() if name not in missing})
+        **{f"mtp.{k}.{name}": LocalWeights(Replicate()) for k in model.mtp for name in MTP_WEIGHTS},
+    }
+    # What a pipeline stage lacks, or a block's kind: torch would only warn of a name that matches nothing.
+    parallelize_module(model, mesh, _only_present(model, whole))
+    for block in model.blocks().values():
+        parallelize_module(block, mesh, _only_present(block, in_block))
     if model.tok_embeddings is not None:
         # What the reduce-scatter returns is a promise (AsyncCollectiveTensor), and to one of these a compiled block
         # returns no gradient, silently (torch 2.13): the embedding would not be trained. A copy waits for it.
@@ -80,6 +108,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, u
         enable_micro_pipelining(mesh.get_group())
 
 
+def _only_present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    present = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    return {name: style for name, style in plan.items() if name in present}
+
+
 class VocabularyParallelHead(ParallelStyle):
     """The head with 1/T of the vocabulary's rows on each rank; its input [batch, seq / T, dim] is gathered."""
 
@@ -87,14 +120,7 @@ class VocabularyParallelHead(ParallelStyle):
         module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
         module.core = VocabularyParallelCore(module.core.chunk_size, mesh)
 
-        def gather(_, inputs):
-            h, *labels = inputs
-            h = DTensor.from_local(h, mesh, [Shard(1)], run_check=False).redistribute(placements=[Replicate()])
-            # Each rank's rows of the vocabulary contribute a part of h's gradient: a sum that is scattered.
-            return h.to_local(grad_placements=[Partial()]), *labels
-
-        module.register_forward_pre_hook(gather)
-        return module
+        return GatherInput()._apply(module, mesh)
 
 
 class VocabularyParallelCore(HeadCore):
@@ -108,7 +134,7 @@ class VocabularyParallelCore(HeadCore):
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         rows = weight.to_local()
         first_id = self.mesh.get_local_rank() * rows.size(0)
-        return LossInChunks.apply(h.flatten(0, -2), rows, labels.flatten(), first_id, self)
+        return loss_in_chunks(h.flatten(0, -2), rows, labels.flatten(), first_id, self)
 
     def gather(self, stats: Tensor) -> Tensor:
         return DTensor.from_local(stats[None], self.mesh, [Shard(0)], run_check=False).full_tensor()
@@ -119,7 +145,8 @@ def require_divisible(args: ModelArgs, degree: int, seq_len: int) -> None:
     sizes = {
         "model.n_heads": args.n_heads,
         "model.n_kv_heads": args.n_kv_heads,
-        "model.ffn_dim": args.ffn_dim,
+        "model.ffn_dim": args.ffn_dim if args.n_dense_layers or not args.n_experts else 0,
+        "model.n_shared_experts x model.moe_ffn_dim": args.n_shared_experts * args.moe_ffn_dim,
         "model.vocab_size": args.vocab_size,
         "the sequence length of a context rank": seq_len,
     }

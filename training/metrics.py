@@ -9,6 +9,8 @@ from datetime import timedelta
 
 import torch
 
+from training.balance import collapse_warning
+
 # Dense bfloat16 tensor-core peak in FLOP/s, from NVIDIA's data sheets (SXM parts unless named), first match wins.
 PEAK_FLOPS = {
     "B200": 2250e12,
@@ -47,7 +49,8 @@ class Metrics:
     Keys of a line in metrics.jsonl: step (counted from 1), loss (nats a token), grad_norm (before clipping), lr,
     tokens_seen (since step 0, resumed runs included), tokens_per_second (of all ranks), tokens_per_second_per_device,
     tflops (model FLOPs a device a second, in 1e12), mfu (tflops / the device's peak; null if that is unknown),
-    memory_gib (rank 0's peak) and seconds (a step, the mean since the last logged one).
+    memory_gib (rank 0's peak) and seconds (a step, the mean since the last logged one). For a mixture of experts also
+    expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py).
     """
 
     def __init__(
@@ -86,8 +89,11 @@ class Metrics:
         self.interval_tokens += tokens
         self.interval_steps += 1
 
-    def log(self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int) -> None:
-        """Reports a step. The caller has read loss from the device, so that the clock sees finished work."""
+    def log(
+        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int, experts: dict | None = None
+    ) -> None:
+        """Reports a step. The caller has read loss from the device, so that the clock sees finished work. experts: what
+        `training/balance.py` reports, a list by layer each."""
         if not self.is_writer:
             return
         seconds = time.perf_counter() - self.interval_start
@@ -105,23 +111,31 @@ class Metrics:
             mfu=flops / self.peak_flops if self.peak_flops else None,
             memory_gib=peak_memory_gib(self.device),
             seconds=seconds / self.interval_steps,
+            **(experts or {}),
         )
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         if self.tensorboard:
             for key, value in row.items():
-                if key != "step" and value is not None:
+                if isinstance(value, list):
+                    for i, of_layer in enumerate(value):
+                        self.tensorboard.add_scalar(f"{key}/{i}", of_layer, step)
+                elif key != "step" and value is not None:
                     self.tensorboard.add_scalar(key, value, step)
         print(self._line(row), flush=True)
+        warning = collapse_warning(experts or {})
+        if warning:
+            print(warning, flush=True)
         self.start()
 
     def _line(self, row: dict) -> str:
         left = timedelta(seconds=round(row["seconds"] * (self.total_steps - row["step"])))
+        load = f"  expert load {max(row['expert_load']):.2f}" if "expert_load" in row else ""
         mfu = f"  mfu {row['mfu']:5.1%}" if row["mfu"] is not None else ""
         return (
             f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:7.4f}  "
             f"grad norm {row['grad_norm']:8.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:>9,.0f} tokens/s  "
-            f"{row['tflops']:7.2f} TFLOP/s{mfu}  {row['memory_gib']:6.2f} GiB  left {left}"
+            f"{row['tflops']:7.2f} TFLOP/s{mfu}  {row['memory_gib']:6.2f} GiB{load}  left {left}"
         )
 
     def close(self) -> None:
