@@ -81,7 +81,8 @@ def _require_all(reader: TensorReader, sources: dict[str, Theirs], args: ModelAr
         is_mtp = layer_of(missing[0]) >= args.n_layers
         cure = "; without multi-token prediction: --model.n_mtp_layers 0" if is_mtp else ""
         raise ValueError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
-    known = needed | copies_of(args).keys() | {f"{name}_scale_inv" for name in needed}
+    known = needed | copies_of(args).keys()
+    known |= {f"{name}_scale_inv" for name in known}
     unread = [n for n in reader.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
     beyond = {layer_of(name) for name in unread if layer_of(name) >= args.n_layers + args.n_mtp_layers}
     unread = sorted((name for name in unread if layer_of(name) not in beyond), key=in_order)

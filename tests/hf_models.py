@@ -1,13 +1,15 @@
 """Tiny random models of transformers, as folders, and as a reference in float64."""
 
+import dataclasses
 import json
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.llama import modeling_llama
@@ -30,7 +32,7 @@ LLAMA3_ROPE = dict(
     original_max_position_embeddings=16,
 )  # fmt: skip
 YARN = dict(
-    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=64, beta_fast=8, beta_slow=1
+    rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=1024, beta_fast=2, beta_slow=1
 )
 
 
@@ -136,3 +138,40 @@ def some_tokens(vocab_size: int = 99) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and positions, [2, 40]: well beyond the original context of the stretched models."""
     tokens = torch.randint(vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     return tokens, torch.arange(40).expand(2, -1)
+
+
+def random_weights(model: Transformer) -> Transformer:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in tensors_of(model).values():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (p.dim() == 1))
+    return model.eval()
+
+
+def checkpoint_of(model: Transformer, folder: Path, step: int = 1) -> str:
+    """A checkpoint as a run writes it, of a model that is whole on one process."""
+    path = folder / f"step-{step}"
+    dcp.save({f"model.{name}": t.detach() for name, t in tensors_of(model).items()}, checkpoint_id=path, no_dist=True)
+    (path / "state.json").write_text(json.dumps(dict(step=step, model_args=dataclasses.asdict(model.args))))
+    return str(path)
+
+
+def quantise(folder: Path, to: Path, twin: Path, block: tuple[int, int]) -> None:
+    """Copies a folder to `to` with its matrices in block-wise float8, and to `twin` with what they then stand for."""
+    tensors, eights, twins = stored(folder), {}, {}
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or "embed" in name or "lm_head" in name or "mlp.gate.weight" in name:
+            eights[name] = twins[name] = tensor
+            continue
+        rows, columns = tensor.shape
+        blocks = [(size - 1) // b + 1 for size, b in zip(tensor.shape, block, strict=True)]
+        scale = torch.rand(blocks, generator=torch.Generator().manual_seed(len(eights))) + 0.5
+        spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
+        eights[name], eights[f"{name}_scale_inv"] = (tensor / spread).to(torch.float8_e4m3fn), scale
+        twins[name] = eights[name].float() * spread
+    for path, content in ((to, eights), (twin, twins)):
+        path.mkdir()
+        save_file(content, path / "model.safetensors")
+    write_config(twin, read_config(folder))
+    quantization = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=list(block))
+    write_config(to, read_config(folder) | dict(quantization_config=quantization))

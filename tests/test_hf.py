@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 import transformers
 from hf_models import (
     DEEPSEEK,
@@ -14,7 +13,9 @@ from hf_models import (
     LLAMA3_ROPE,
     YARN,
     build,
+    checkpoint_of,
     load_ours,
+    random_weights,
     read_config,
     save,
     share_frequencies,
@@ -92,22 +93,6 @@ def sources(tmp_path_factory):
         model = build(kind, seed=i, **{**(LLAMA if kind == "Llama" else DEEPSEEK), **shape})
         made[name] = model, save(model, folder / str(i), published, max_shard_size="40KB" if i % 2 else "1GB")
     return made
-
-
-def checkpoint_of(model, folder, step: int = 1):
-    """A checkpoint as a run writes it, of a model that is whole on one process."""
-    path = folder / f"step-{step}"
-    dcp.save({f"model.{name}": t.detach() for name, t in tensors_of(model).items()}, checkpoint_id=path, no_dist=True)
-    (path / "state.json").write_text(json.dumps(dict(step=step, model_args=dataclasses.asdict(model.args))))
-    return str(path)
-
-
-def random_weights(model):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in tensors_of(model).values():
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + (p.dim() == 1))
-    return model.eval()
 
 
 # ------------------------------------------------------------------------------------------------ logits
@@ -193,6 +178,7 @@ def test_exported_back_is_what_was_read(sources, name, tmp_path):
         tmp_path / "hf", dtype=torch.float64, experts_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
+    assert again.generation_config.eos_token_id is None, "a token is the end only if someone said so"
     share_frequencies(again, model.args)
     share_frequencies(reference, model.args)
     with torch.no_grad(), wide():

@@ -1,6 +1,7 @@
 """What stands in a Hugging Face folder: block-wise float8 weights, config.json, and what cannot be loaded."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hf_models import (
     LLAMA,
     build,
     load_ours,
+    quantise,
     read_config,
     save,
     stored,
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import model_args_of_folder, require_same_model
 from checkpoint.hf_config import config_of_model
-from checkpoint.hf_files import TensorReader
+from checkpoint.hf_files import TensorReader, write_tensors
 from model import FLAVORS, get_flavor
 
 
@@ -36,27 +38,6 @@ def sources(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ float8
-
-
-def quantise(folder, to, twin, block):
-    """Copies a folder to `to` with its matrices in block-wise float8, and to `twin` with what they then stand for."""
-    tensors, eights, twins = stored(folder), {}, {}
-    for name, tensor in tensors.items():
-        if tensor.dim() != 2 or "embed" in name or "lm_head" in name or "mlp.gate.weight" in name:
-            eights[name] = twins[name] = tensor
-            continue
-        rows, columns = tensor.shape
-        blocks = [(size - 1) // b + 1 for size, b in zip(tensor.shape, block, strict=True)]
-        scale = torch.rand(blocks, generator=torch.Generator().manual_seed(len(eights))) + 0.5
-        spread = scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-        eights[name], eights[f"{name}_scale_inv"] = (tensor / spread).to(torch.float8_e4m3fn), scale
-        twins[name] = eights[name].float() * spread
-    for path, content in ((to, eights), (twin, twins)):
-        path.mkdir()
-        save_file(content, path / "model.safetensors")
-    write_config(twin, read_config(folder))
-    quantization = dict(quant_method="fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=list(block))
-    write_config(to, read_config(folder) | dict(quantization_config=quantization))
 
 
 @pytest.mark.parametrize("block", [(16, 8), (5, 7), (128, 128)])
@@ -183,3 +164,13 @@ def test_what_no_architecture_computes_is_not_exported(change):
     """A model that transformers would take for another one is refused."""
     with pytest.raises(ValueError, match=r"none of LlamaForCausalLM|Hugging Face's YaRN has no rope_mscale 0.7"):
         config_of_model(dataclasses.replace(get_flavor("deepseek_v3_debug"), **change))
+
+
+def test_tensors_are_aligned_in_a_file(tmp_path):
+    """Each begins at a multiple of its element's size, whatever comes before it."""
+    tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.randn(1).bfloat16()}
+    write_tensors(str(tmp_path), [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], tensors.values(), 1000)
+    content = next(tmp_path.glob("*.safetensors")).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0 and json.loads(content[8 : 8 + length])["b"]["data_offsets"] == [0, 20]
+    assert all(torch.equal(found, tensors[name]) for name, found in stored(tmp_path).items())
