@@ -11,6 +11,7 @@ import os
 from dataclasses import fields
 from typing import Any
 
+from checkpoint.hf_files import read_json
 from model.args import ModelArgs
 
 LLAMA, DEEPSEEK_V2, DEEPSEEK_V3 = "LlamaForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
@@ -67,15 +68,7 @@ class ConfigFile:
 
     def __init__(self, folder: str):
         self.path = os.path.join(folder, "config.json")
-        try:
-            with open(self.path, encoding="utf-8") as file:
-                self.values = json.load(file)
-        except OSError as error:
-            raise ValueError(
-                f"{folder} is not a Hugging Face folder: cannot read config.json: {error.strerror}."
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{self.path}: not valid JSON: {error}.") from None
+        self.values = read_json(self.path)
 
     def get(self, name: str, default: Any = None) -> Any:
         value = self.values.get(name)
@@ -97,7 +90,7 @@ class ConfigFile:
     @property
     def architecture(self) -> str:
         known = (LLAMA, DEEPSEEK_V2, DEEPSEEK_V3)
-        (found,) = self.get("architectures", ["missing"])[:1]
+        found = next(iter(self.get("architectures", [])), "missing")
         if found not in known:
             raise ValueError(f"{self.path}: architecture {found} is not supported; these are: {', '.join(known)}.")
         return found
@@ -153,17 +146,19 @@ def _rope_values(config: ConfigFile) -> dict[str, Any]:
     kind = rope.get("rope_type", rope.get("type", "default"))
     values = dict(rope_theta=rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     if kind == "default":
-        return dict(values, rope_scaling="none")
+        return values | dict(rope_scaling="none")
     if kind not in ("llama3", "yarn"):
         raise ValueError(f'{config.path}: RoPE of type "{kind}" is not supported; "default", "llama3" and "yarn" are.')
+    needed = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
+    missing = [name for name in needed if rope.get(name) is None]
+    if missing:
+        raise ValueError(f"{config.path}: RoPE's parameters lack {missing[0]}: {json.dumps(rope)}.")
     values |= dict(rope_scaling=kind, rope_factor=rope["factor"])
-    values["rope_original_seq_len"] = rope.get(
-        "original_max_position_embeddings", config.get("max_position_embeddings")
-    )
+    original = rope.get("original_max_position_embeddings")
+    values["rope_original_seq_len"] = original or config["max_position_embeddings"]
     if kind == "llama3":
-        return dict(
-            values, rope_low_freq_factor=rope["low_freq_factor"], rope_high_freq_factor=rope["high_freq_factor"]
-        )
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        return values | dict(rope_low_freq_factor=low, rope_high_freq_factor=high)
     mscale, mscale_all_dim = rope.get("mscale") or 0.0, rope.get("mscale_all_dim") or 0.0
     if (
         rope.get("attention_factor") is not None
@@ -174,13 +169,8 @@ def _rope_values(config: ConfigFile) -> dict[str, Any]:
             f"{config.path}: YaRN is supported with mscale and mscale_all_dim or without both, and without "
             f"attention_factor and truncate; given {json.dumps(rope)}."
         )
-    return dict(
-        values,
-        rope_beta_fast=rope.get("beta_fast") or 32.0,
-        rope_beta_slow=rope.get("beta_slow") or 1.0,
-        rope_mscale=mscale or 1.0,
-        rope_mscale_all_dim=mscale_all_dim,
-    )
+    values |= dict(rope_beta_fast=rope.get("beta_fast") or 32.0, rope_beta_slow=rope.get("beta_slow") or 1.0)
+    return values | dict(rope_mscale=mscale or 1.0, rope_mscale_all_dim=mscale_all_dim)
 
 
 # --------------------------------------------------------------------------------------------------- out

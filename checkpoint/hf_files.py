@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable
 from math import prod
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,17 @@ from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """ValueError if it cannot be."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}.") from None
 
 
 class TensorReader:
@@ -26,8 +38,7 @@ class TensorReader:
         self._open_files = {}
         index = os.path.join(folder, INDEX)
         if os.path.isfile(index):
-            with open(index, encoding="utf-8") as file:
-                self.file_of = json.load(file)["weight_map"]
+            self.file_of = read_json(index)["weight_map"]
         elif os.path.isfile(os.path.join(folder, SINGLE)):
             self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
@@ -36,8 +47,7 @@ class TensorReader:
 
     def _read_block_size(self) -> tuple[int, int]:
         """(rows, columns) of a weight that share one scale, where weights are in float8."""
-        with open(os.path.join(self.folder, "config.json"), encoding="utf-8") as file:
-            quantization = json.load(file).get("quantization_config")
+        quantization = read_json(os.path.join(self.folder, "config.json")).get("quantization_config")
         if quantization is None:
             return 128, 128
         if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
@@ -85,8 +95,8 @@ class TensorReader:
             path = os.path.join(self.folder, file)
             try:
                 self._open_files[file] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged: {error}.") from None
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"cannot read {path}: {error}.") from None
         return self._open_files[file]
 
 

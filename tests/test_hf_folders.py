@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from checkpoint import model_args_of_folder, require_same_model
 from checkpoint.hf_config import config_of_model
 from checkpoint.hf_files import TensorReader, write_tensors
-from model import FLAVORS, get_flavor
+from model import FLAVORS, get_flavor, num_params
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +100,17 @@ REFUSED = {
     'RoPE of type "linear"': with_config(rope_parameters=dict(rope_type="linear", factor=2.0)),
     "YaRN is supported": with_config(rope_parameters=dict(rope_type="yarn", factor=2.0, attention_factor=2.0)),
     'only "fp8" in blocks': with_config(quantization_config=dict(quant_method="gptq")),
-    "is damaged": lambda folder: (folder / "model.safetensors").write_bytes(b"12345678nothing"),
+    "cannot read .*model.safetensors: .*header": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"12345678nothing"
+    ),
+    "lack low_freq_factor": with_config(rope_parameters=dict(rope_type="llama3", factor=2.0)),
+    "cannot read .*model-2.safetensors: No such file": lambda folder: (
+        folder / "model.safetensors.index.json"
+    ).write_text(json.dumps(dict(weight_map=dict.fromkeys(stored(folder), "model-2.safetensors")))),
+    "index.json: not valid JSON": lambda folder: (folder / "model.safetensors.index.json").write_text("["),
     "has neither": lambda folder: (folder / "model.safetensors").unlink(),
     "not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "cannot read config.json": lambda folder: (folder / "config.json").unlink(),
+    "cannot read .*config.json: No such file": lambda folder: (folder / "config.json").unlink(),
 }
 
 
@@ -149,6 +156,45 @@ def test_a_flavor_survives_config_json(name, tmp_path):
     require_same_model(args, str(tmp_path))
     with pytest.raises(ValueError, match=rf"hidden_size is {args.dim} there, {2 * args.dim} here.*hf:{tmp_path}"):
         require_same_model(dataclasses.replace(args, dim=2 * args.dim), str(tmp_path))
+
+
+PUBLISHED = {  # what decides the model in the config.json of the published folder
+    "llama3_8b": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072,
+        "mlp_bias": false, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "vocab_size": 128256}""",
+    "deepseek_v2_lite_16b": """{"architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10944,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+        "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false,
+        "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+        "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_scaling":
+        {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax", "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy",
+        "v_head_dim": 128, "vocab_size": 102400}""",
+    "deepseek_v3_671b": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false,
+        "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1,
+        "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1,
+        "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": false,
+        "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280}""",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_flavor_is_the_published_model(name, tmp_path):
+    """A run of the named flavor takes the published folder, and config.json alone gives the flavor's sizes."""
+    (tmp_path / "config.json").write_text(PUBLISHED[name])
+    require_same_model(get_flavor(name), str(tmp_path))
+    assert num_params(model_args_of_folder(str(tmp_path))) == num_params(get_flavor(name))
 
 
 @pytest.mark.parametrize(
