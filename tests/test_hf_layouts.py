@@ -165,15 +165,15 @@ def test_a_folder_is_trained_in_any_layout_and_given_back(kind, layout, folders,
     own checkpoint; what is exported, transformers opens, and continues as our model does."""
     start = from_folder(folders[kind]) | options(optimizer__lr="0.003", training__local_batch_size="2")
     save = options(checkpoint__enable="true", checkpoint__interval="2")
-    run(1, tmp_path / "one", text, start, save)
-    run(4, tmp_path / "four", text, start, in_layout(layout))
+    run(1, tmp_path / "one", text, start)
+    run(4, tmp_path / "four", text, start, save, in_layout(layout))
     for one, four in zip(*(read_metrics(tmp_path / name / "run") for name in ("one", "four")), strict=True):
         assert four["loss"] == pytest.approx(one["loss"], rel=1e-9)
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-9)
-    lines = run(1, tmp_path / "one", text, start, save, options(training__steps="4"))
+    lines = run(1, tmp_path / "four", text, start, save, options(training__steps="4"))
     assert any("resumed at step 3 " in line for line in lines), lines
 
-    checkpoint, exported = tmp_path / "one" / "run" / "checkpoint" / "step-4", tmp_path / "exported"
+    checkpoint, exported = tmp_path / "four" / "run" / "checkpoint" / "step-3", tmp_path / "exported"
     command = [sys.executable, "scripts/export_hf.py", str(checkpoint), str(exported), "--like", folders[kind]]
     subprocess.run(command, check=True, capture_output=True)
     reference = transformers.AutoModelForCausalLM.from_pretrained(
