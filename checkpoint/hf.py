@@ -55,7 +55,7 @@ def load_hf(folder: str, tensors: dict[str, Tensor], args: ModelArgs) -> None:
         del sources["output.weight"]
     elif config["tie_word_embeddings"] and WHOLE["output.weight"] not in reader.file_of:
         sources["output.weight"] = Theirs((WHOLE["tok_embeddings.weight"],))  # tied there, to be two from now on
-    _require_all(reader, sources, args)
+    _require_all(reader, sources, copies_of(args, is_head_tied=config["tie_word_embeddings"]), args)
     for name, tensor in tensors.items():
         _require_shape(reader, name, sources[name], tensor.shape)
     for name, tensor in tensors.items():
@@ -73,15 +73,15 @@ def _read_into(local: Tensor, held: list[Tensor], shape: torch.Size, source: The
         local.copy_(reader.read(source.names[0], [rows, *held[1:]]))
 
 
-def _require_all(reader: TensorReader, sources: dict[str, Theirs], args: ModelArgs) -> None:
-    """ValueError unless the folder has every tensor of the model, and none that the model lacks."""
+def _require_all(reader: TensorReader, sources: dict[str, Theirs], copies: dict[str, str], args: ModelArgs) -> None:
+    """ValueError unless the folder has every tensor of the model, and none that the model lacks, but for copies."""
     needed = {name for source in sources.values() for name in source.names}
     missing = sorted(needed - reader.file_of.keys(), key=in_order)
     if missing:
         is_mtp = layer_of(missing[0]) >= args.n_layers
         cure = "; without multi-token prediction: --model.n_mtp_layers 0" if is_mtp else ""
         raise ValueError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
-    known = needed | copies_of(args).keys()
+    known = needed | copies.keys()
     known |= {f"{name}_scale_inv" for name in known}
     unread = [n for n in reader.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
     beyond = {layer_of(name) for name in unread if layer_of(name) >= args.n_layers + args.n_mtp_layers}
@@ -152,9 +152,8 @@ def export_hf(
     }
     rope_in_halves = config["architectures"] == [LLAMA]
     sources = [(name, theirs(name, args, rope_in_halves)) for name in stored]
-    # The head that the embedding is has no tensor of its own there; the copies in MTP blocks have.
-    copies = {name: ours for name, ours in copies_of(args).items() if name != WHOLE["output.weight"]}
-    sources += [(ours, Theirs((name,))) for name, ours in copies.items()]
+    # A head that is the embedding has no tensor of its own there; the copies in MTP blocks have.
+    sources += [(ours, Theirs((name,))) for name, ours in copies_of(args, is_head_tied=False).items()]
     sources.sort(key=lambda item: in_order(item[1].names[0]))
 
     def dtype_of(name: str) -> torch.dtype:

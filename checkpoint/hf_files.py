@@ -67,6 +67,8 @@ class TensorReader:
         values = self._slice(name)[tuple(slice(*bounds) for bounds in box)]
         if values.dtype == torch.float8_e4m3fn:
             values = self._dequantised(name, values, box)
+        elif values.dtype not in DTYPES:
+            raise ValueError(f"{self.folder}: {name} is stored as {values.dtype}, which stands for no known values.")
         for dim, ((first, end), index) in enumerate(zip(box, indices, strict=True)):
             if not torch.equal(index, torch.arange(first, end)):
                 values = values.index_select(dim, index - first)

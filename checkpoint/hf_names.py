@@ -96,10 +96,11 @@ def theirs(name: str, args: ModelArgs, rope_in_halves: bool) -> Theirs:
     return found
 
 
-def copies_of(args: ModelArgs) -> dict[str, str]:
-    """Tensors that a folder may have twice, by their name there: our tensor that they repeat."""
+def copies_of(args: ModelArgs, is_head_tied: bool) -> dict[str, str]:
+    """What a folder has, or may have, twice, by its name there: our tensor that it repeats. is_head_tied: a head beside
+    the embedding is such a copy, too."""
     embedding, head = "tok_embeddings.weight", "output.weight"
-    copies = {WHOLE[head]: embedding} if args.tie_embeddings else {}
+    copies = {WHOLE[head]: embedding} if args.tie_embeddings and is_head_tied else {}
     for k in range(args.n_mtp_layers):
         for name, ours in MTP_COPIES.items():
             copies[f"model.layers.{args.n_layers + k}.{name}"] = embedding if args.tie_embeddings else ours

@@ -91,6 +91,7 @@ REFUSED = {
         "model.layers.0.self_attn.q_proj.bias", torch.zeros(32)
     ),
     "is in float8, but there is no": with_tensor(K_PROJ, torch.zeros(16, 32).to(torch.float8_e4m3fn)),
+    "is stored as torch.int8": with_tensor(K_PROJ, torch.zeros(16, 32, dtype=torch.int8)),
     "architecture Qwen2ForCausalLM is not supported": with_config(architectures=["Qwen2ForCausalLM"]),
     "architecture missing": with_config(architectures=None),
     "attention_bias is true; only false": with_config(attention_bias=True),
@@ -138,12 +139,16 @@ def test_blocks_that_are_not_wanted(sources, tmp_path, capsys):
         load_ours(folder)
 
 
-def test_tied_there_but_not_here(sources):
-    """A head that is the embedding in the folder starts as a copy of it where the two are to be different."""
+def test_tied_on_one_side(sources):
+    """A head that is the embedding in the folder starts as a copy of it where the two are to be different. The other
+    way the folder's head would be lost: refused."""
     _, folder = sources["tied"]
     model = load_ours(folder, args=dataclasses.replace(model_args_of_folder(str(folder)), tie_embeddings=False))
     assert torch.equal(model.output.weight, model.tok_embeddings.weight)
     assert model.output.weight is not model.tok_embeddings.weight
+    _, folder = sources["grouped-query"]
+    with pytest.raises(ValueError, match=r"has lm_head.weight, which the model has no place for"):
+        load_ours(folder, args=dataclasses.replace(model_args_of_folder(str(folder)), tie_embeddings=True))
 
 
 @pytest.mark.parametrize("name", FLAVORS)
