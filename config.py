@@ -20,7 +20,7 @@ class Job:
 # [model]: a flavor, and any field of ModelArgs in place of the flavor's.
 Model = make_dataclass(
     "Model",
-    [("flavor", str, option("llama3_debug", "named size, see model/flavors.py"))]
+    [("flavor", str, option("llama3_debug", "named size, see model/flavors.py, or hf:FOLDER: its config.json"))]
     + [(f.name, f.type | None, option(None, f"{f.metadata['help']} (none: the flavor's)")) for f in fields(ModelArgs)],
 )
 
@@ -120,6 +120,7 @@ class Checkpoint:
     keep_latest_k: int = option(10, "older ones are deleted; 0: keep all", 0)
     load_step: int = option(-1, "step to resume from; -1: the newest", -1)
     initial_load_path: str = option("", "a checkpoint's folder (.../step-N) whose weights a new run starts from")
+    initial_load_in_hf: bool = option(False, "initial_load_path is a Hugging Face folder: safetensors and config.json")
 
 
 @dataclass
@@ -181,6 +182,11 @@ def _check(config: Config) -> None:
     p, recompute = config.parallelism, config.activation_checkpoint
     for option_name, takes_effect, needed in (
         ("checkpoint.load_step", config.checkpoint.enable, "checkpoint.enable true"),
+        (
+            "checkpoint.initial_load_in_hf",
+            config.checkpoint.initial_load_path != "",
+            "checkpoint.initial_load_path DIR",
+        ),
         ("parallelism.context_parallel_method", p.context_parallel_degree > 1, "parallelism.context_parallel_degree 2"),
         *(
             (

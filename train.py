@@ -18,7 +18,7 @@ STARTED = time.perf_counter()  # before torch, whose import is most of a cold st
 import torch
 import torch.distributed as dist
 
-from checkpoint import CheckpointManager
+from checkpoint import CheckpointManager, model_args_of_folder, require_same_model
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
 from model import ModelArgs, Transformer, flops_per_token, further_tokens, get_flavor, num_params
@@ -115,7 +115,9 @@ def main(config: Config) -> None:
         interval=config.checkpoint.interval,
         keep_latest_k=config.checkpoint.keep_latest_k,
     )
-    resumed = checkpoint.load(config.checkpoint.load_step, config.checkpoint.initial_load_path)
+    resumed = checkpoint.load(
+        config.checkpoint.load_step, config.checkpoint.initial_load_path, config.checkpoint.initial_load_in_hf
+    )
     weights_have_changed(stages, shared)
     if resumed is not None:
         step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
@@ -255,9 +257,14 @@ def global_batch_size_of(config: Config, mesh: Mesh) -> int:
 
 
 def model_args_of(config: Config) -> ModelArgs:
-    """The flavor's shape, with what was set in its place."""
+    """The flavor's shape (a named one's, or a Hugging Face folder's), with what was set in its place."""
+    flavor, start = config.model.flavor, config.checkpoint
     overrides = {k: v for k, v in vars(config.model).items() if k != "flavor" and v is not None}
-    return replace(get_flavor(config.model.flavor), **overrides)
+    shape = model_args_of_folder(flavor.removeprefix("hf:")) if flavor.startswith("hf:") else get_flavor(flavor)
+    model_args = replace(shape, **overrides)
+    if start.initial_load_in_hf and flavor != f"hf:{start.initial_load_path}":
+        require_same_model(model_args, start.initial_load_path)
+    return model_args
 
 
 def build_stages(

@@ -1,5 +1,7 @@
-"""Checkpoints that are complete or invisible, and load into any layout."""
+"""Checkpoints that are complete or invisible, and load into any layout; Hugging Face folders in and out."""
 
+from checkpoint.hf import export_hf, load_hf
+from checkpoint.hf_config import model_args_of_folder, require_same_model
 from checkpoint.manager import CheckpointManager
 
-__all__ = ["CheckpointManager"]
+__all__ = ["CheckpointManager", "export_hf", "load_hf", "model_args_of_folder", "require_same_model"]

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoint.hf import load_hf
 from model.args import ModelArgs
 from parallelize.float8 import as_plain
 
@@ -87,9 +88,10 @@ class CheckpointManager:
 
     # --------------------------------------------------------------------------------------------- load
 
-    def load(self, load_step: int, initial_load_path: str) -> dict | None:
+    def load(self, load_step: int, initial_load_path: str, initial_load_in_hf: bool) -> dict | None:
         """Resumes from load_step, or from the newest complete checkpoint if it is -1, and returns its state.json. If
-        there is none, reads just the weights of initial_load_path, if given, and returns None.
+        there is none, reads just the weights of initial_load_path, if given, and returns None; that is a checkpoint's
+        folder, or with initial_load_in_hf a Hugging Face one.
 
         ValueError when load_step is not there, or a checkpoint does not hold this model.
         """
@@ -99,7 +101,10 @@ class CheckpointManager:
                 f"checkpoint.load_step {load_step}: there is no {self._path(load_step)}; complete ones: {steps}."
             )
         if not steps:
-            if initial_load_path:
+            if initial_load_in_hf:
+                tensors = {name.removeprefix("model."): t for name, t in self._model_tensors().items()}
+                load_hf(initial_load_path, tensors, self.model_args)
+            elif initial_load_path:
                 self._read(initial_load_path, self._model_tensors(), free=(*TRAINING_ONLY, "max_seq_len", "rope_"))
             return None
         step = load_step if load_step >= 0 else steps[-1]

@@ -1,0 +1,196 @@
+"""Hugging Face folders, in and out, for Llama 3 and for DeepSeek V2 and V3.
+
+Loading is straight into any layout: a rank reads, of each tensor, the rectangle that it holds, and nothing else. Export
+goes from a checkpoint's folder to a Hugging Face one, tensor by tensor.
+
+Proof: tests/test_hf.py, against transformers; tests/test_hf_layouts.py; tests/test_hf_folders.py.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from checkpoint.hf_config import LLAMA, ConfigFile, config_of_model
+from checkpoint.hf_files import TensorReader, write_tensors
+from checkpoint.hf_names import EXPERT_BIAS, WHOLE, Theirs, copies_of, in_order, layer_of, theirs
+from model import ModelArgs, Transformer
+from parallelize.init import held_indices
+from training.distributed import rank
+
+PASSED_THROUGH = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+# --------------------------------------------------------------------------------------------------- in
+
+
+@torch.no_grad()
+def load_hf(folder: str, tensors: dict[str, Tensor], args: ModelArgs) -> None:
+    """Fills tensors (by our names; DTensors or plain ones; this rank's part of a model of `args`), in place and cast to
+    their dtypes, from a folder of safetensors. ValueError if that is not such a model's; nothing is read then."""
+    reader, config = TensorReader(folder), ConfigFile(folder)
+    is_llama = config.architecture == LLAMA
+    rope_in_halves = is_llama or not config.get("rope_interleave", True)
+    with torch.device("meta"):
+        names = Transformer(args).state_dict().keys()
+    sources = {name: theirs(name, args, rope_in_halves) for name in names}
+    if args.tie_embeddings:
+        del sources["output.weight"]
+    elif config["tie_word_embeddings"] and WHOLE["output.weight"] not in reader.file_of:
+        sources["output.weight"] = Theirs((WHOLE["tok_embeddings.weight"],))  # tied there, to be two from now on
+    _require_all(reader, sources, copies_of(args, is_head_tied=config["tie_word_embeddings"]), args)
+    for name, tensor in tensors.items():
+        _require_shape(reader, name, sources[name], tensor.shape)
+    for name, tensor in tensors.items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.numel() > 0:  # the last ranks may hold nothing of a small tensor
+            _read_into(local, [i.cpu() for i in held_indices(tensor)], tensor.shape, sources[name], reader)
+
+
+def _read_into(local: Tensor, held: list[Tensor], shape: torch.Size, source: Theirs, reader: TensorReader) -> None:
+    if source.is_stacked:
+        for part, expert in zip(local, held[0].tolist(), strict=True):
+            part.copy_(reader.read(source.names[expert], [held[2], held[1]]).T)
+    else:
+        rows = source.rows(shape[0])[held[0]]
+        local.copy_(reader.read(source.names[0], [rows, *held[1:]]))
+
+
+def _require_all(reader: TensorReader, sources: dict[str, Theirs], copies: dict[str, str], args: ModelArgs) -> None:
+    """ValueError unless the folder has every tensor of the model, and none that the model lacks, but for copies."""
+    needed = {name for source in sources.values() for name in source.names}
+    missing = sorted(needed - reader.file_of.keys(), key=in_order)
+    if missing:
+        is_mtp = layer_of(missing[0]) >= args.n_layers
+        cure = "; without multi-token prediction: --model.n_mtp_layers 0" if is_mtp else ""
+        raise ValueError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
+    known = needed | copies.keys()
+    known |= {f"{name}_scale_inv" for name in known}
+    unread = [n for n in reader.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    beyond = {layer_of(name) for name in unread if layer_of(name) >= args.n_layers + args.n_mtp_layers}
+    unread = sorted((name for name in unread if layer_of(name) not in beyond), key=in_order)
+    if unread:
+        raise ValueError(
+            f"{reader.folder} has {unread[0]}, which the model has no place for ({len(unread)} such tensors)."
+        )
+    if beyond and rank() == 0:
+        print(
+            f"{reader.folder}: its layers {sorted(beyond)} are left out, the model has none of these numbers",
+            flush=True,
+        )
+
+
+def _require_shape(reader: TensorReader, name: str, source: Theirs, ours: torch.Size) -> None:
+    for their_name in source.names:
+        found, expected = reader.shape(their_name), source.shape(ours)
+        if found != expected:
+            raise ValueError(
+                f"{reader.folder}: {their_name} is {list(found)}, for {name} it must be {list(expected)}; "
+                "the model's sizes are not the folder's."
+            )
+
+
+# --------------------------------------------------------------------------------------------------- out
+
+
+@torch.no_grad()
+def export_hf(
+    checkpoint: str,
+    folder: str,
+    *,
+    dtype: torch.dtype | None = None,
+    like: str | None = None,
+    skip_mtp: bool = False,
+    max_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes a checkpoint folder (.../step-N) as a Hugging Face folder. One of our tensors is in memory at a time: for
+    experts, one matrix of all experts of a block.
+
+    dtype        of the weights; None: as stored. The experts' bias stays float32, as published
+    like         a Hugging Face folder whose tokenizer, token ids and generation_config.json are taken over
+    skip_mtp     leave the blocks of multi-token prediction out
+    max_bytes    of a file
+    """
+    import torch.distributed.checkpoint as dcp
+
+    state_file = os.path.join(checkpoint, "state.json")
+    if not os.path.isfile(state_file):
+        raise ValueError(f"{checkpoint} is not a complete checkpoint: it has no state.json.")
+    if os.path.isdir(folder) and os.listdir(folder):
+        raise ValueError(f"{folder} is there already, and is not empty; give another.")
+    with open(state_file, encoding="utf-8") as file:
+        args = ModelArgs(**json.load(file)["model_args"])
+    args = replace(args, n_mtp_layers=0) if skip_mtp else args
+    config = config_of_model(args)
+    if args.attention == "mla" and args.norm_eps != 1e-6:
+        print(f"warning: transformers normalises latents with an epsilon of 1e-6, this model with {args.norm_eps}")
+
+    reader = dcp.FileSystemReader(checkpoint)
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda *_, **__: metadata  # once, and not for every tensor
+    stored = {
+        name.removeprefix("model."): meta
+        for name, meta in metadata.state_dict_metadata.items()
+        if name.startswith("model.") and not (skip_mtp and name.startswith("model.mtp."))
+    }
+    rope_in_halves = config["architectures"] == [LLAMA]
+    sources = [(name, theirs(name, args, rope_in_halves)) for name in stored]
+    # A head that is the embedding has no tensor of its own there; the copies in MTP blocks have.
+    sources += [(ours, Theirs((name,))) for name, ours in copies_of(args, is_head_tied=False).items()]
+    sources.sort(key=lambda item: in_order(item[1].names[0]))
+
+    def dtype_of(name: str) -> torch.dtype:
+        is_bias = name.endswith(EXPERT_BIAS[0])
+        return torch.float32 if is_bias else dtype or stored[name].properties.dtype
+
+    def read(name: str) -> Tensor:
+        tensor = torch.empty(stored[name].size, dtype=stored[name].properties.dtype)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load({f"model.{name}": tensor}, storage_reader=reader, no_dist=True)
+        return tensor.to(dtype_of(name))
+
+    layout = [
+        (their_name, source.shape(stored[name].size), dtype_of(name))
+        for name, source in sources
+        for their_name in source.names
+    ]
+    tensors = (tensor for name, source in sources for tensor in _as_theirs(read(name), source))
+    os.makedirs(folder, exist_ok=True)
+    write_tensors(folder, layout, tensors, max_bytes)
+    config["torch_dtype"] = str(dtype_of("tok_embeddings.weight")).removeprefix("torch.")
+    # Written even where unknown: left out, transformers would put in Llama's, and stop at token 2.
+    config |= dict.fromkeys(TOKEN_IDS)
+    if like is not None:
+        config |= {name: ConfigFile(like).get(name) for name in TOKEN_IDS}
+        for name in PASSED_THROUGH:
+            if os.path.isfile(os.path.join(like, name)):
+                shutil.copyfile(os.path.join(like, name), os.path.join(folder, name))
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(config, file, indent=2)
+
+
+def _as_theirs(tensor: Tensor, source: Theirs) -> Iterator[Tensor]:
+    if source.is_stacked:
+        yield from tensor.transpose(1, 2)
+    elif source.rotated_rows:
+        yield torch.empty_like(tensor).index_copy_(0, source.rows(len(tensor)), tensor)
+    else:
+        yield tensor

@@ -1,0 +1,141 @@
+"""A folder of safetensors files: any rectangle of any tensor read, dequantised if need be; and such a folder written,
+one tensor at a time.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes, the header's length; the header, JSON that says each
+tensor's dtype, shape and place; the tensors' bytes. `model.safetensors.index.json` says which file holds which tensor.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from math import prod
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """ValueError if it cannot be."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}.") from None
+
+
+class TensorReader:
+    """The tensors of a folder by name. ValueError for a folder, a file or a tensor that is not as it should be."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        self._open_files = {}
+        index = os.path.join(folder, INDEX)
+        if os.path.isfile(index):
+            self.file_of = read_json(index)["weight_map"]
+        elif os.path.isfile(os.path.join(folder, SINGLE)):
+            self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
+        else:
+            raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}.")
+        self.block = self._read_block_size()
+
+    def _read_block_size(self) -> tuple[int, int]:
+        """(rows, columns) of a weight that share one scale, where weights are in float8."""
+        quantization = read_json(os.path.join(self.folder, "config.json")).get("quantization_config")
+        if quantization is None:
+            return 128, 128
+        if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
+            raise ValueError(
+                f'{self.folder}: quantised by {json.dumps(quantization)}; only "fp8" in blocks (weight_block_size) is '
+                "supported."
+            )
+        return tuple(quantization["weight_block_size"])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str, indices: list[Tensor]) -> Tensor:
+        """The elements at indices[d] (int64, 1-D, on the CPU, at least one) of each dimension d; of a float8 weight as
+        float32. What is read from the file is the smallest box that holds them."""
+        box = [(int(i.min()), int(i.max()) + 1) for i in indices]
+        values = self._slice(name)[tuple(slice(*bounds) for bounds in box)]
+        if values.dtype == torch.float8_e4m3fn:
+            values = self._dequantised(name, values, box)
+        elif values.dtype not in DTYPES:
+            raise ValueError(f"{self.folder}: {name} is stored as {values.dtype}, which stands for no known values.")
+        for dim, ((first, end), index) in enumerate(zip(box, indices, strict=True)):
+            if not torch.equal(index, torch.arange(first, end)):
+                values = values.index_select(dim, index - first)
+        return values
+
+    def _dequantised(self, name: str, values: Tensor, box: list[tuple[int, int]]) -> Tensor:
+        """values x the scale of each one's block; `box` may begin and end inside of blocks (DeepSeek-V3's weights,
+        `weight_dequant` of its reference code)."""
+        scale_name = f"{name}_scale_inv"
+        if scale_name not in self.file_of:
+            raise ValueError(f"{self.folder}: {name} is in float8, but there is no {scale_name}.")
+        blocks = [(first // size, (end - 1) // size + 1) for (first, end), size in zip(box, self.block, strict=True)]
+        scale = self._slice(scale_name)[tuple(slice(*bounds) for bounds in blocks)].to(torch.float32)
+        for dim, ((first, end), size) in enumerate(zip(box, self.block, strict=True)):
+            scale = scale.index_select(dim, torch.arange(first, end) // size - first // size)
+        return values.to(torch.float32) * scale
+
+    def _slice(self, name: str):
+        try:
+            return self._open(self.file_of[name]).get_slice(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.folder}: {name} is not in {self.file_of[name]}: {error}.") from None
+
+    def _open(self, file: str):
+        if file not in self._open_files:
+            path = os.path.join(self.folder, file)
+            try:
+                self._open_files[file] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"cannot read {path}: {error}.") from None
+        return self._open_files[file]
+
+
+def write_tensors(
+    folder: str, layout: list[tuple[str, tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor], max_bytes: int
+) -> None:
+    """Writes `tensors`, whose names, shapes and dtypes are `layout`'s, in its order, as files of at most max_bytes (but
+    one tensor at least) and their index. Of `tensors`, only one at a time is taken."""
+    files, sizes = [[]], [prod(shape) * dtype.itemsize for _, shape, dtype in layout]
+    filled = 0
+    for entry, size in zip(layout, sizes, strict=True):
+        if filled + size > max_bytes and files[-1]:
+            files.append([])
+            filled = 0
+        files[-1].append(entry)
+        filled += size
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    tensors = iter(tensors)
+    for name, entries in zip(names, files, strict=True):
+        _write_file(os.path.join(folder, name), entries, tensors)
+    weight_map = {entry[0]: name for name, entries in zip(names, files, strict=True) for entry in entries}
+    with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
+        json.dump(dict(metadata=dict(total_size=sum(sizes)), weight_map=weight_map), file, indent=2)
+
+
+def _write_file(path: str, entries: list[tuple[str, tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor]) -> None:
+    # Wide dtypes first, so that each tensor begins at a multiple of its element's size.
+    header, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for name, shape, dtype in sorted(entries, key=lambda entry: -entry[2].itemsize):
+        places[name] = end
+        end += prod(shape) * dtype.itemsize
+        header[name] = dict(dtype=DTYPES[dtype], shape=shape, data_offsets=[places[name], end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, shape, dtype), tensor in zip(entries, tensors):  # noqa: B905 - the rest is for the next file
+            assert tensor.shape == shape and tensor.dtype == dtype, name
+            file.seek(8 + len(text) + places[name])
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,227 @@
+"""What stands in a Hugging Face folder: block-wise float8 weights, config.json, and what cannot be loaded."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from hf_models import (
+    DEEPSEEK,
+    LLAMA,
+    build,
+    load_ours,
+    quantise,
+    read_config,
+    save,
+    stored,
+    tensors_of,
+    write_config,
+)
+from safetensors.torch import load_file, save_file
+
+from checkpoint import model_args_of_folder, require_same_model
+from checkpoint.hf_config import config_of_model
+from checkpoint.hf_files import TensorReader, write_tensors
+from model import FLAVORS, get_flavor, num_params
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """(model, folder) by name."""
+    folder = tmp_path_factory.mktemp("sources")
+    models = {
+        "grouped-query": build("Llama", **LLAMA),
+        "tied": build("Llama", **dict(LLAMA, tie_word_embeddings=True)),
+        "V3": build("DeepseekV3", **dict(DEEPSEEK, q_lora_rank=24, n_group=4, topk_group=2)),
+    }
+    return {name: (model, save(model, folder / name)) for name, model in models.items()}
+
+
+# ------------------------------------------------------------------------------------------------ float8
+
+
+@pytest.mark.parametrize("block", [(16, 8), (5, 7), (128, 128)])
+def test_float8_blocks_equal_their_dequantised_twin(sources, block, tmp_path):
+    """Whole, and in rectangles that begin and end inside of blocks; rows in any order."""
+    quantise(sources["V3"][1], tmp_path / "float8", tmp_path / "twin", block)
+    ours, twin = (tensors_of(load_ours(tmp_path / name, torch.float32)) for name in ("float8", "twin"))
+    for name, tensor in twin.items():
+        assert torch.equal(ours[name], tensor), name
+    reader, expected = TensorReader(str(tmp_path / "float8")), load_file(tmp_path / "twin" / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj.weight"  # [32, 48]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        first = [int(torch.randint(size, (), generator=generator)) for size in (32, 48)]
+        end = [
+            int(torch.randint(f + 1, size + 1, (), generator=generator))
+            for f, size in zip(first, (32, 48), strict=True)
+        ]
+        rows, columns = (torch.arange(f, e) for f, e in zip(first, end, strict=True))
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        assert torch.equal(reader.read(name, [rows, columns]), expected[name][rows][:, columns])
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+def without(name):
+    def change(folder):
+        tensors = stored(folder)
+        del tensors[name]
+        save_file(tensors, folder / "model.safetensors")
+
+    return change
+
+
+def with_tensor(name, tensor):
+    return lambda folder: save_file(stored(folder) | {name: tensor}, folder / "model.safetensors")
+
+
+def with_config(**values):
+    return lambda folder: write_config(folder, read_config(folder) | values)
+
+
+K_PROJ = "model.layers.1.self_attn.k_proj.weight"
+REFUSED = {
+    K_PROJ + r" \(1 tensors are missing\)": without(K_PROJ),
+    rf"{K_PROJ} is \[32, 32\], for layers.1.attention.wk.weight it must be \[16, 32\]": with_tensor(
+        K_PROJ, torch.zeros(32, 32)
+    ),
+    r"q_proj.bias, which the model has no place for \(1 such": with_tensor(
+        "model.layers.0.self_attn.q_proj.bias", torch.zeros(32)
+    ),
+    "is in float8, but there is no": with_tensor(K_PROJ, torch.zeros(16, 32).to(torch.float8_e4m3fn)),
+    "is stored as torch.int8": with_tensor(K_PROJ, torch.zeros(16, 32, dtype=torch.int8)),
+    "architecture Qwen2ForCausalLM is not supported": with_config(architectures=["Qwen2ForCausalLM"]),
+    "architecture missing": with_config(architectures=None),
+    "attention_bias is true; only false": with_config(attention_bias=True),
+    "head_dim is 16; only 8": with_config(head_dim=16),
+    "hidden_act": with_config(hidden_act="gelu"),
+    "has no vocab_size": with_config(vocab_size=None),
+    'RoPE of type "linear"': with_config(rope_parameters=dict(rope_type="linear", factor=2.0)),
+    "YaRN is supported": with_config(rope_parameters=dict(rope_type="yarn", factor=2.0, attention_factor=2.0)),
+    'only "fp8" in blocks': with_config(quantization_config=dict(quant_method="gptq")),
+    "cannot read .*model.safetensors: .*header": lambda folder: (folder / "model.safetensors").write_bytes(
+        b"12345678nothing"
+    ),
+    "lack low_freq_factor": with_config(rope_parameters=dict(rope_type="llama3", factor=2.0)),
+    "cannot read .*model-2.safetensors: No such file": lambda folder: (
+        folder / "model.safetensors.index.json"
+    ).write_text(json.dumps(dict(weight_map=dict.fromkeys(stored(folder), "model-2.safetensors")))),
+    "index.json: not valid JSON": lambda folder: (folder / "model.safetensors.index.json").write_text("["),
+    "has neither": lambda folder: (folder / "model.safetensors").unlink(),
+    "not valid JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "cannot read .*config.json: No such file": lambda folder: (folder / "config.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_loaded_is_named(sources, message, tmp_path):
+    """One ValueError, with the tensor or the key in it."""
+    folder = save(sources["grouped-query"][0], tmp_path / "hf")
+    REFUSED[message](folder)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_ours(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_blocks_that_are_not_wanted(sources, tmp_path, capsys):
+    """A model of the first block of a folder leaves the others out, and says so; a block that config.json counts but no
+    file has is named, with the cure."""
+    _, folder = sources["grouped-query"]
+    args = dataclasses.replace(model_args_of_folder(str(folder)), n_layers=1)
+    model = load_ours(folder, args=args)
+    assert "its layers [1] are left out" in capsys.readouterr().out
+    assert torch.equal(model.layers["0"].feed_forward.w1.weight, stored(folder)["model.layers.0.mlp.gate_proj.weight"])
+    folder = save(sources["V3"][0], tmp_path / "hf")
+    with_config(num_nextn_predict_layers=1)(folder)
+    with pytest.raises(ValueError, match=r"has no model.layers.2.*--model.n_mtp_layers 0"):
+        load_ours(folder)
+
+
+def test_tied_on_one_side(sources):
+    """A head that is the embedding in the folder starts as a copy of it where the two are to be different. The other
+    way the folder's head would be lost: refused."""
+    _, folder = sources["tied"]
+    model = load_ours(folder, args=dataclasses.replace(model_args_of_folder(str(folder)), tie_embeddings=False))
+    assert torch.equal(model.output.weight, model.tok_embeddings.weight)
+    assert model.output.weight is not model.tok_embeddings.weight
+    _, folder = sources["grouped-query"]
+    with pytest.raises(ValueError, match=r"has lm_head.weight, which the model has no place for"):
+        load_ours(folder, args=dataclasses.replace(model_args_of_folder(str(folder)), tie_embeddings=True))
+
+
+@pytest.mark.parametrize("name", FLAVORS)
+def test_a_flavor_survives_config_json(name, tmp_path):
+    """Written as config.json and read again it is the flavor, but for what only training knows."""
+    args = get_flavor(name)
+    write_config(tmp_path, config_of_model(args))
+    training = dict(balance_loss_weight=args.balance_loss_weight)
+    assert dataclasses.replace(model_args_of_folder(str(tmp_path)), **training) == args
+    require_same_model(args, str(tmp_path))
+    with pytest.raises(ValueError, match=rf"hidden_size is {args.dim} there, {2 * args.dim} here.*hf:{tmp_path}"):
+        require_same_model(dataclasses.replace(args, dim=2 * args.dim), str(tmp_path))
+
+
+PUBLISHED = {  # what decides the model in the config.json of the published folder
+    "llama3_8b": """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "hidden_act": "silu",
+        "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 131072,
+        "mlp_bias": false, "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "rope_theta": 500000.0, "tie_word_embeddings": false, "vocab_size": 128256}""",
+    "deepseek_v2_lite_16b": """{"architectures": ["DeepseekV2ForCausalLM"], "attention_bias": false,
+        "first_k_dense_replace": 1, "hidden_act": "silu", "hidden_size": 2048, "intermediate_size": 10944,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 1408, "moe_layer_freq": 1,
+        "n_group": 1, "n_routed_experts": 64, "n_shared_experts": 2, "norm_topk_prob": false,
+        "num_attention_heads": 16, "num_experts_per_tok": 6, "num_hidden_layers": 27, "num_key_value_heads": 16,
+        "q_lora_rank": null, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "rms_norm_eps": 1e-06, "rope_scaling":
+        {"beta_fast": 32, "beta_slow": 1, "factor": 40, "mscale": 0.707, "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096, "type": "yarn"}, "rope_theta": 10000, "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax", "tie_word_embeddings": false, "topk_group": 1, "topk_method": "greedy",
+        "v_head_dim": 128, "vocab_size": 102400}""",
+    "deepseek_v3_671b": """{"architectures": ["DeepseekV3ForCausalLM"], "attention_bias": false,
+        "first_k_dense_replace": 3, "hidden_act": "silu", "hidden_size": 7168, "intermediate_size": 18432,
+        "kv_lora_rank": 512, "max_position_embeddings": 163840, "moe_intermediate_size": 2048, "moe_layer_freq": 1,
+        "n_group": 8, "n_routed_experts": 256, "n_shared_experts": 1, "norm_topk_prob": true,
+        "num_attention_heads": 128, "num_experts_per_tok": 8, "num_hidden_layers": 61, "num_key_value_heads": 128,
+        "num_nextn_predict_layers": 1, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "quantization_config": {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
+        "weight_block_size": [128, 128]}, "rms_norm_eps": 1e-06, "rope_scaling": {"beta_fast": 32, "beta_slow": 1,
+        "factor": 40, "mscale": 1.0, "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096, "type": "yarn"},
+        "rope_theta": 10000, "routed_scaling_factor": 2.5, "scoring_func": "sigmoid", "tie_word_embeddings": false,
+        "topk_group": 4, "topk_method": "noaux_tc", "v_head_dim": 128, "vocab_size": 129280}""",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_flavor_is_the_published_model(name, tmp_path):
+    """A run of the named flavor takes the published folder, and config.json alone gives the flavor's sizes."""
+    (tmp_path / "config.json").write_text(PUBLISHED[name])
+    require_same_model(get_flavor(name), str(tmp_path))
+    assert num_params(model_args_of_folder(str(tmp_path))) == num_params(get_flavor(name))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(attention="gqa"),
+        dict(score_function="softmax"),
+        dict(n_group_top=1),
+        dict(rope_scaling="yarn", rope_mscale=0.7),
+    ],
+)
+def test_what_no_architecture_computes_is_not_exported(change):
+    """A model that transformers would take for another one is refused."""
+    with pytest.raises(ValueError, match=r"none of LlamaForCausalLM|Hugging Face's YaRN has no rope_mscale 0.7"):
+        config_of_model(dataclasses.replace(get_flavor("deepseek_v3_debug"), **change))
+
+
+def test_tensors_are_aligned_in_a_file(tmp_path):
+    """Each begins at a multiple of its element's size, whatever comes before it."""
+    tensors = {"a": torch.randn(3).bfloat16(), "b": torch.randn(5), "c": torch.randn(1).bfloat16()}
+    write_tensors(str(tmp_path), [(n, tuple(t.shape), t.dtype) for n, t in tensors.items()], tensors.values(), 1000)
+    content = next(tmp_path.glob("*.safetensors")).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0 and json.loads(content[8 : 8 + length])["b"]["data_offsets"] == [0, 20]
+    assert all(torch.equal(found, tensors[name]) for name, found in stored(tmp_path).items())
