@@ -139,8 +139,6 @@ def export_hf(
         args = ModelArgs(**json.load(file)["model_args"])
     args = replace(args, n_mtp_layers=0) if skip_mtp else args
     config = config_of_model(args)
-    if args.attention == "mla" and args.norm_eps != 1e-6:
-        print(f"warning: transformers normalises latents with an epsilon of 1e-6, this model with {args.norm_eps}")
 
     reader = dcp.FileSystemReader(checkpoint)
     metadata = reader.read_metadata()

@@ -12,7 +12,7 @@ _LLAMA3 = dict(vocab_size=128256, max_seq_len=131072, n_kv_heads=8)
 _YARN = dict(rope_theta=10000.0, rope_scaling="yarn", rope_factor=40.0, rope_original_seq_len=4096, norm_eps=1e-6)
 _MLA = dict(attention="mla", kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 _V2 = dict(
-    **_MLA, **_YARN, rope_mscale=0.707, rope_mscale_all_dim=0.707, vocab_size=102400, max_seq_len=163840,
+    **_MLA, **_YARN, vocab_size=102400, max_seq_len=163840,
     n_experts_per_token=6, n_shared_experts=2, n_dense_layers=1, score_function="softmax", balance_loss_weight=0.001,
 )  # fmt: skip
 _V3 = dict(
@@ -69,7 +69,16 @@ FLAVORS: dict[str, ModelArgs] = {
         **(_V3 | dict(n_experts_per_token=4, init_std=0.02)),
     ),
     "deepseek_v2_lite_16b": ModelArgs(
-        dim=2048, n_layers=27, n_heads=16, n_kv_heads=16, ffn_dim=10944, n_experts=64, moe_ffn_dim=1408, **_V2
+        dim=2048,
+        n_layers=27,
+        n_heads=16,
+        n_kv_heads=16,
+        ffn_dim=10944,
+        n_experts=64,
+        moe_ffn_dim=1408,
+        rope_mscale=0.707,
+        rope_mscale_all_dim=0.707,
+        **_V2,
     ),
     # (DeepSeek-V2, under the family's name.)
     "deepseek_v3_236b": ModelArgs(
@@ -84,6 +93,7 @@ FLAVORS: dict[str, ModelArgs] = {
         n_expert_groups=8,
         n_limited_groups=3,
         score_scale=16.0,
+        rope_mscale_all_dim=1.0,
         **_V2,
     ),
     "deepseek_v3_671b": ModelArgs(
