@@ -44,20 +44,18 @@ class HeadCore(nn.Module):
         return F.linear(h, weight)
 
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return LossInChunks.apply(h.flatten(0, -2), weight, labels.flatten(), 0, self)
+        return loss_in_chunks(h.flatten(0, -2), weight, labels.flatten(), 0, self)
 
     def gather(self, stats: Tensor) -> Tensor:
         """stats [...] of the own part of the vocabulary -> [parts, ...] of all."""
         return stats[None]
 
 
-class LossInChunks(torch.autograd.Function):
+def loss_in_chunks(h: Tensor, weight: Tensor, labels: Tensor, first_id: int, core: HeadCore) -> Tensor:
     """Sum of cross entropies of h [tokens, dim] against labels [tokens], for rows first_id ... of the vocabulary."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, labels: Tensor, first_id: int, core: HeadCore) -> Tensor:
+    needs_gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    with torch.no_grad():
         total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
-        needs_gradient = any(ctx.needs_input_grad)
         grad_h, grad_weight = (torch.empty_like(h), torch.zeros_like(weight)) if needs_gradient else (None, None)
         size = core.chunk_size or len(h)
         for part in (slice(start, start + size) for start in range(0, len(h), size)):
@@ -68,14 +66,25 @@ class LossInChunks(torch.autograd.Function):
             if needs_gradient:
                 torch.mm(grad_logits, weight, out=grad_h[part])
                 grad_weight.addmm_(grad_logits.T, h[part])
-        if needs_gradient:
-            ctx.save_for_backward(grad_h, grad_weight)
+    if not needs_gradient:
         return total
+    # Two nodes and a sum, not one node of both: a zero-bubble schedule cuts backward in two where the ways to h and to
+    # the weight part, and in torch 2.11 that cannot be at a node written in Python.
+    return WithGradient.apply(h, total, grad_h) + WithGradient.apply(weight, torch.zeros_like(total), grad_weight)
+
+
+class WithGradient(torch.autograd.Function):
+    """A value whose gradient by x is known already."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        grads = zip(ctx.saved_tensors, ctx.needs_input_grad[:2], strict=True)
-        return *(g * grad.to(g.dtype) if needed else None for g, needed in grads), None, None, None
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype) if ctx.needs_input_grad[0] else None, None, None
 
 
 def statistics(h: Tensor, weight: Tensor, labels: Tensor, first_id: int) -> tuple[Tensor, Tensor]:

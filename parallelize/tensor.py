@@ -35,7 +35,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from model.args import ModelArgs
-from model.head import Head, HeadCore, LossInChunks
+from model.head import Head, HeadCore, loss_in_chunks
 from parallelize.compat import enable_micro_pipelining
 
 
@@ -108,7 +108,7 @@ class VocabularyParallelCore(HeadCore):
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         rows = weight.to_local()
         first_id = self.mesh.get_local_rank() * rows.size(0)
-        return LossInChunks.apply(h.flatten(0, -2), rows, labels.flatten(), first_id, self)
+        return loss_in_chunks(h.flatten(0, -2), rows, labels.flatten(), first_id, self)
 
     def gather(self, stats: Tensor) -> Tensor:
         return DTensor.from_local(stats[None], self.mesh, [Shard(0)], run_check=False).full_tensor()
