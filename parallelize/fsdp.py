@@ -66,9 +66,11 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided once, by the whole step's tokens: every reduction is a plain sum. Neither call
-            # recurses, and gloo has no pre-multiplied sum to fall back on.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            # recurses, and gloo has no pre-multiplied sum to fall back on. (One rank has nothing to divide by, and told
+            # to divide by 1 it copies every gradient once more.)
+            if mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
             if mesh.size(-1) > 1 and is_gloo:
                 use_direct_messages(module)
 

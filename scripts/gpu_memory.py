@@ -35,7 +35,7 @@ KEPT = {
 # Bytes for each logit of a chunk at the worst moment: in bfloat16 logits, their gradient, and that of the chunk before;
 # eager has several float32 copies besides.
 LOGIT_BYTES = {"compiled": (4, 6), "eager": (15, 17)}  # one chunk, several
-COPIES_OF_REDUCED = 3  # FSDP of one rank: what would be sent, the same divided by 1, what would be received
+COPIES_OF_REDUCED = 2  # FSDP of one rank: what would be sent, what would be received
 WORKSPACE = 0.1 * 2**30  # cuBLAS, cuDNN
 
 
