@@ -134,9 +134,15 @@ def long_runs(tmp_path_factory, text):
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
 def test_float8_trains_as_bfloat16_does(recipe, long_runs):
-    """Over 200 steps the loss stays within 2 % of bfloat16's, while it falls by much more than that."""
-    ours, expected = series(long_runs[recipe], "loss"), series(long_runs["bfloat16"], "loss")
-    assert ours == pytest.approx(expected, rel=2e-2) and ours != expected
+    """Over 200 steps the loss stays within 1 % of bfloat16's, while it falls by much more than that. In means of 10
+    steps: a single one tells how far two runs have come apart by chance."""
+
+    def means(name):
+        losses = series(long_runs[name], "loss")
+        return [sum(losses[i : i + 10]) / 10 for i in range(0, len(losses), 10)]
+
+    ours, expected = means(recipe), means("bfloat16")
+    assert ours == pytest.approx(expected, rel=1e-2) and ours != expected
     assert expected[-1] < 0.6 * expected[0]
 
 
