@@ -112,9 +112,20 @@ GROUPS = {  # name: (options of all its cases, {case: options, and whether a pla
         },
     ),
 }
+GROUPS["v2_lite"] = (  # one dense block and eight mixtures of DeepSeek-V2-Lite, all experts on the one GPU
+    f"--model.flavor deepseek_v2_lite_16b --model.n_layers 9 {FOUR_K} {BATCH} 4 {BF16} {CHUNK} 4096 {SHORT}",
+    {
+        "compile": (COMPILE, PLAIN),
+        "compile, float8 tensorwise": (TENSORWISE,),  # of the linear layers: experts stay in bfloat16
+        "eager": ("",),
+        "compile, batch 8": (f"{COMPILE} {BATCH} 8",),
+    },
+)
 # What makes any case tiny, for a dry run.
 DRY = "--job.device cpu --model.dim 64 --model.n_layers 2 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 128"
 DRY += " --model.vocab_size 4096 --training.seq_len 128"
+DRY_MIXTURE = " --model.n_kv_heads 4 --model.kv_lora_rank 32 --model.qk_nope_head_dim 16 --model.qk_rope_head_dim 16"
+DRY_MIXTURE += " --model.v_head_dim 16 --model.moe_ffn_dim 32 --model.n_experts 8"
 
 COLUMNS = [
     *("date", "machine", "torch", "group", "case", "kind", "status", "tokens_per_second", "tflops", "mfu"),
@@ -267,7 +278,11 @@ def main() -> None:
         group, _, case = name.partition("/")
         options = f"{GROUPS[group][0]} {GROUPS[group][1][case][0]}"
         if arguments.device == "cpu":
-            options += f" {DRY}" + " --compile.backend aot_eager" * ("compile" in options)
+            options += (
+                f" {DRY}"
+                + DRY_MIXTURE * ("deepseek" in options)
+                + " --compile.backend aot_eager" * ("compile" in options)
+            )
             options += " --float8.emulate true" * ("float8" in options)
             options = options.replace(" --float8.enable_fsdp_float8_all_gather true", "")
         return f"{options} {arguments.options}".strip()

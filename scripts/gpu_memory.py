@@ -57,8 +57,12 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
     whole, kept = (x * tokens for x in _block_activations(args, config))
     outside = stream + 4 * args.head_dim * tokens + 24 * tokens * microbatches
     activations = args.n_layers * kept + outside
-    # The largest gradients of a block's activations are those of w1's and w3's results and of their product.
-    backward = 2 * stream + 3 * c * args.ffn_dim * tokens + (whole - kept)
+    # The largest gradients of a block's activations are those of w1's and w3's results and of their product; of experts
+    # also those of the rows that go in and come out.
+    largest = 3 * args.ffn_dim
+    if args.n_experts:
+        largest = args.n_experts_per_token * (3 * args.moe_ffn_dim + 2 * args.dim)
+    backward = 2 * stream + c * largest * tokens + (whole - kept)
 
     chunk = min(training.loss_chunk_size or tokens, tokens)
     logits = LOGIT_BYTES["compiled" if is_compiled else "eager"][chunk < tokens] * c // 2 * chunk * args.vocab_size
@@ -134,6 +138,9 @@ def _block_activations(args: ModelArgs, config: Config) -> tuple[float, float]:
     name = "eager"
     if config.compile.enable:
         name = "compiled float8" if config.float8.enable else "compiled"
+    if args.attention == "mla":
+        layers = [_latent_block(args, layer) for layer in range(args.n_layers)]
+        return (sum(layers) / len(layers),) * 2
     whole, recompute = per_token(name), config.activation_checkpoint
     if recompute.mode == "full":
         return whole, per_token("full")
@@ -145,3 +152,17 @@ def _block_activations(args: ModelArgs, config: Config) -> tuple[float, float]:
         share = 1 / int(recompute.selective_option)
         return whole, share * per_token("full") + (1 - share) * whole
     return whole, whole
+
+
+def _latent_block(args: ModelArgs, layer: int) -> float:
+    """The same of a block with latent attention, compiled, in bfloat16, without recomputation: the stream and its norm,
+    twice; latents before and after their norms; query and key heads, what keys and values are split from, and the
+    result; then, dense or shared, w1's and w3's results and their product, and for each of a token's experts these and
+    the rows that go in and come out; the router's scores."""
+    heads = args.n_heads * (2 * args.head_dim + args.qk_nope_head_dim + 2 * args.v_head_dim)
+    latents = 2 * (args.q_lora_rank + args.kv_lora_rank) + args.qk_rope_head_dim
+    kept = 2 * (4 * args.dim + heads + latents) + 4 * args.n_heads + 8
+    if not args.is_mixture(layer):
+        return kept + 6 * args.ffn_dim
+    experts = args.n_experts_per_token * (4 * args.dim + 6 * args.moe_ffn_dim)
+    return kept + experts + 6 * args.n_shared_experts * args.moe_ffn_dim + 4 * args.n_experts
