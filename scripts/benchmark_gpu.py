@@ -11,7 +11,7 @@ minutes. What fails (out of memory, out of time) is reported as that, and the re
 then no further case begins.
 
 A GPU's minutes are dear: while a case runs, the next one's process has imported torch and waits. And with --precompile
-N nothing is measured, but the compiler's cache is filled with the graphs of these cases, N at a time, with one layer
+N nothing is measured, but the compiler's cache is filled with the graphs of these cases, N at a time, with two layers
 each. (Its choices between variants of a kernel, which it makes by timing them, are forgotten: the GPU is busy then.)
 
 FOLDER/results.json has everything, FOLDER/results.csv a line a case, FOLDER/<group>/ each process's output.
@@ -244,7 +244,7 @@ def table(rows: list[dict]) -> str:
 def precompile(jobs: list[tuple[str, str, str]], at_a_time: int, arguments: argparse.Namespace) -> None:
     """Fills the compiler's cache: a block's graphs are the same in any number of layers."""
     start, distinct = time.monotonic(), {options: name for kind, name, options in jobs if "--compile" in options}
-    small = "--model.n_layers 1 --training.steps 1 --training.global_batch_size -1"
+    small = "--model.n_layers 2 --training.steps 1 --training.global_batch_size -1"
 
     def compile_one(item: tuple[str, str]) -> None:
         options, name = item
