@@ -103,6 +103,24 @@ def test_groups_and_bias_by_hand():
     torch.testing.assert_close(weights, scores[[0, 5]][None])
 
 
+def test_what_is_float32_in_bfloat16():
+    """Logits and scores, hence the choice; the bias, whose steps bfloat16 would not take up; and the sum over a token's
+    experts: bit for bit as in float32, from what is in bfloat16."""
+    args = ModelArgs(**SHAPE, **ROUTINGS["V3"])
+    torch.manual_seed(0)
+    moe = MoE(args, None, sequences_per_step=1).bfloat16()
+    torch.nn.init.normal_(moe.router.weight)
+    moe.router.expert_bias += 1 + torch.arange(8) / 1000
+    assert moe.router.expert_bias.unique().numel() == 8
+    x, rows = torch.randn(2, 50, 12).bfloat16(), torch.randn(300, 12).bfloat16()
+    scores, experts, _ = moe.router(x)
+    summed = moe.combine(rows, scores)
+    wide = moe.float()
+    for ours, expected in zip((scores, experts), wide.router(x.float()), strict=False):
+        assert torch.equal(ours, expected)
+    assert torch.equal(summed, wide.combine(rows.float(), scores))
+
+
 def test_balance_loss_by_hand():
     """Three of four tokens choose the first of two experts, whose mean share is 0.7: f = (1.5, 0.5), P = (0.7, 0.3),
     and f P = 1.2; balanced routing has 1, its least. Times the weight, over the step's sequences, for one of four."""
