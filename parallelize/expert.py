@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from model.args import ModelArgs
-from model.moe import Take
+from model.moe import Take, inverse_of
 from parallelize.compat import all_to_all_single_autograd
 from parallelize.styles import LocalWeights, SumOverRanks
 
@@ -80,7 +80,7 @@ class TokenExchange:
             expert = torch.arange(num_experts, device=rows.device).repeat(self.size)
             expert = expert.repeat_interleave(received_PE.flatten(), output_size=sum(self.received))
             self.order = expert.argsort(stable=True)
-            self.place = self.order.argsort()
+            self.place = inverse_of(self.order)
         rows = all_to_all_single_autograd(rows, self.received, self.sent, self.group)
         return Take.apply(rows, self.order, self.place, 1), received_PE.sum(0)
 

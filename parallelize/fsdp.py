@@ -83,12 +83,12 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided once, by the whole step's tokens: every reduction is a plain sum. Neither call
-            # recurses, and gloo has no pre-multiplied sum to fall back on.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            own_mesh = (
-                expert_mesh if isinstance(module, Experts) else mesh
-            )  # their module is one only if they are apart
+            # recurses, and gloo has no pre-multiplied sum to fall back on. (One rank has nothing to divide by, and told
+            # to divide by 1 it copies every gradient once more.)
+            own_mesh = expert_mesh if expert_mesh is not None and isinstance(module, Experts) else mesh
+            if own_mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
             is_gloo = mesh.device_type == "cpu" and dist.get_backend(own_mesh.get_group(own_mesh.ndim - 1)) == "gloo"
             if own_mesh.size(-1) > 1 and is_gloo:
                 use_direct_messages(module)
