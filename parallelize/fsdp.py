@@ -12,14 +12,16 @@ Weights are communicated in groups: each block, the embedding, the head with the
 head's), what a block of multi-token prediction has besides. For each group of P elements (rows of its weights rounded
 up to a multiple of N), of b bytes in param_dtype and s in reduce_dtype, with M microbatches a step:
 
-    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and the head;
-                    1 for each when weights are not freed after forward
+    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and the head,
+                    whatever the number of further tokens; 1 for each when weights are not freed after forward
                     M reduce-scatters, P s (N-1)/N each
     dp_replicate    when R > 1, one all-reduce of the gradient's shard: 2 P/N s (R-1)/R
 
 On gloo the first two are messages: to each other rank and from each, the same bytes (see `parallelize/gloo.py`).
 
-Proof: tests/test_parity.py; the bytes: tests/test_communication.py.
+Experts that are a group of their own count as a block, with efsdp's ranks for N. Recomputation gathers nothing more.
+
+Proof: tests/test_parity.py; the bytes: tests/test_communication.py and test_communication_of_mixtures.py.
 """
 
 import torch
@@ -109,9 +111,10 @@ def _prefetch_around_dispatch(blocks: list[nn.Module]) -> None:
     what is to be gathered meanwhile must have been issued before. (In backward nothing waits.)"""
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block.moe is not None and isinstance(block.moe.experts, FSDPModule):
-            block.set_modules_to_forward_prefetch([block.moe.experts])
-            if following is not None:
-                block.moe.experts.set_modules_to_forward_prefetch([following])
+            # Both by the block: its hook does nothing when it is recomputed, but the experts' would, and gather again
+            # the block whose backward is done.
+            following = [following] if following is not None else []
+            block.set_modules_to_forward_prefetch([block.moe.experts, *following])
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
