@@ -96,12 +96,17 @@ def apply_fsdp(
 
 
 def _placement_of_experts(block: nn.Module, ranks: int):
-    """Experts are cut by number, or where there are more ranks than experts, along each matrix's rows."""
+    """Experts are cut by number, or where there are more ranks than experts, along each matrix's rows or columns."""
     experts = set() if block.moe is None else set(block.moe.experts.parameters())
     local_experts = min((_local(p).size(0) for p in experts), default=0)
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        return Shard(1) if parameter in experts and local_experts < ranks else None
+        if parameter not in experts or local_experts >= ranks:
+            return None
+        # FSDP cuts only the first dimension in unequal parts: what neither divides is cut by number after all, and the
+        # ranks past the last expert hold nothing.
+        even = [dim for dim in (1, 2) if parameter.size(dim) % ranks == 0]
+        return Shard(even[0]) if even else None
 
     return place
 
