@@ -127,6 +127,9 @@ class Checkpoint:
 class Data:
     dataset: Literal["python_stdlib", "text"] = option("python_stdlib", "python_stdlib needs no files; text reads path")
     path: str = option("", "file, folder or glob of text or .jsonl files")
+    packing: Literal["concat", "documents"] = option(
+        "concat", "documents in a sequence: one text, or each on its own (no attention across, positions from 0)"
+    )
     text_key: str = option("text", "the field of a .jsonl line that holds the text")
     tokenizer: str = option("bpe_4096", '"bpe_4096", "byte", a tiktoken encoding\'s name, or a tokenizer.model file')
     cache_folder: str = option("outputs/cache", "where tokenised data is kept")

@@ -73,10 +73,11 @@ def main(config: Config) -> None:
             tokenizer,
             seq_len=training.seq_len,
             seed=training.seed,
+            packing=config.data.packing,
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
-    order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len}"
+    order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
     require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=order_of_data)
     global_batch_size = global_batch_size_of(config, mesh)
 

@@ -20,14 +20,19 @@ def build_dataset(
     *,
     seq_len: int,
     seed: int,
+    packing: str = "concat",
     text_key: str = "text",
     cache_folder: str | Path = "outputs/cache",
 ) -> TokenDataset:
-    """Samples of seq_len tokens of a dataset ("python_stdlib", or "text" with a path), in the order of seed.
+    """Samples of seq_len tokens of a dataset ("python_stdlib", or "text" with a path), in the order of seed;
+    packing is "concat" or "documents", see TokenDataset.
 
     The documents are tokenised on first use, and kept in cache_folder. Raises ValueError, one line, for
     whatever is wrong with the names, the files, or a seq_len that is longer than the data.
     """
     return TokenDataset(
-        pack(build_source(dataset, path, text_key), tokenizer, cache_folder), seq_len=seq_len, seed=seed
+        pack(build_source(dataset, path, text_key), tokenizer, cache_folder),
+        seq_len=seq_len,
+        seed=seed,
+        packing=packing,
     )

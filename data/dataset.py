@@ -21,13 +21,16 @@ class TokenDataset(Dataset):
     stream (but a rest shorter than seq_len) is a label once an epoch. Epoch i // n visits the n windows in
     its own order.
 
+    packing is what a window makes of the documents, or parts of some, that lie in it. "concat": one sequence,
+    in which later documents attend to earlier ones. "documents": sequences of their own, side by side.
+
     fingerprint is a hash of the stream: a run that resumes with another one reads other data. num_tokens,
     num_documents and text_bytes are the stream's; len() is the number of windows, n.
 
     Raises ValueError when the stream is too short for one window.
     """
 
-    def __init__(self, path: Path, *, seq_len: int, seed: int) -> None:
+    def __init__(self, path: Path, *, seq_len: int, seed: int, packing: str = "concat") -> None:
         header = read_header(path)
         assert header is not None, f"{path} is no complete token file"
         if header.num_tokens < seq_len + 1:
@@ -35,7 +38,7 @@ class TokenDataset(Dataset):
                 f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
                 f"{header.num_tokens}; use at most {header.num_tokens - 1}, or more data."
             )
-        self.path, self.seq_len, self.seed = path, seq_len, seed
+        self.path, self.seq_len, self.seed, self.packing = path, seq_len, seed, packing
         self.num_tokens, self.num_documents = header.num_tokens, header.num_documents
         self.text_bytes, self.fingerprint = header.text_bytes, header.fingerprint
         self._eos_id = header.eos_id
@@ -48,25 +51,33 @@ class TokenDataset(Dataset):
         """tokens, labels and positions of sample i, each [seq_len] int64.
 
         labels[t] is the token behind tokens[t], or -100 where tokens[t] is eos: what follows is another
-        document, so there is nothing to learn. positions count the window from 0.
+        document, so there is nothing to learn. positions count the window from 0; with packing "documents" they
+        count each document from 0, and documents [seq_len] int64 is its number in the window.
         """
         epoch, position = divmod(i, len(self))
         start = permute(position, len(self), self.seed, epoch) * self.seq_len
         window = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype("int64"))
         tokens, labels = window[:-1], window[1:]
-        return {
+        is_end = tokens == self._eos_id
+        sample = {
             "tokens": tokens,
-            "labels": labels.masked_fill(tokens == self._eos_id, IGNORED),
+            "labels": labels.masked_fill(is_end, IGNORED),
             "positions": torch.arange(self.seq_len),
         }
+        if self.packing == "documents":
+            documents = is_end.cumsum(0) - is_end.long()  # ends before each token
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), is_end.nonzero()[:, 0] + 1])
+            sample["positions"] = sample["positions"] - starts[documents]
+            sample["documents"] = documents
+        return sample
 
     def __reduce__(self):
         # For workers that are not forked: pickled as it is, a memory map would take all its tokens along.
-        return _reopen, (self.path, self.seq_len, self.seed)
+        return _reopen, (self.path, self.seq_len, self.seed, self.packing)
 
 
-def _reopen(path: Path, seq_len: int, seed: int) -> TokenDataset:
-    return TokenDataset(path, seq_len=seq_len, seed=seed)
+def _reopen(path: Path, seq_len: int, seed: int, packing: str) -> TokenDataset:
+    return TokenDataset(path, seq_len=seq_len, seed=seed, packing=packing)
 
 
 def permute(i: int, n: int, seed: int, epoch: int) -> int:
