@@ -137,6 +137,17 @@ class Data:
 
 
 @dataclass
+class Validation:
+    enable: bool = option(False, "measure the loss of held-out sequences")
+    interval: int = option(500, "steps between two times; the last step is always one", 1)
+    samples: int = option(512, "sequences, every time the same; training never sees them", 1)
+    dataset: Literal["training", "python_stdlib", "text"] = option(
+        "training", "where they come from: a part held out of the training data, or data of its own"
+    )
+    path: str = option("", "as data.path, of a dataset of its own")
+
+
+@dataclass
 class Metrics:
     log_freq: int = option(10, "steps between logged ones", 1)
     enable_tensorboard: bool = option(False, "write TensorBoard files to job.dump_folder/tensorboard")
@@ -160,6 +171,7 @@ class Config:
     float8: Float8 = field(default_factory=Float8)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
 
@@ -217,6 +229,7 @@ def _check(config: Config) -> None:
         ),
         ("compile.backend", config.compile.enable, "compile.enable true"),
         *((f"float8.{f.name}", config.float8.enable, "float8.enable true") for f in fields(Float8)),
+        *((f"validation.{f.name}", config.validation.enable, "validation.enable true") for f in fields(Validation)),
     ):
         section, key = option_name.split(".")
         table = getattr(config, section)

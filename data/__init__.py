@@ -21,11 +21,12 @@ def build_dataset(
     seq_len: int,
     seed: int,
     packing: str = "concat",
+    held_out: int = 0,
     text_key: str = "text",
     cache_folder: str | Path = "outputs/cache",
 ) -> TokenDataset:
     """Samples of seq_len tokens of a dataset ("python_stdlib", or "text" with a path), in the order of seed;
-    packing is "concat" or "documents", see TokenDataset.
+    packing is "concat" or "documents", held_out a number of sequences that are none of them, see TokenDataset.
 
     The documents are tokenised on first use, and kept in cache_folder. Raises ValueError, one line, for
     whatever is wrong with the names, the files, or a seq_len that is longer than the data.
@@ -35,4 +36,5 @@ def build_dataset(
         seq_len=seq_len,
         seed=seed,
         packing=packing,
+        held_out=held_out,
     )

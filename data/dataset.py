@@ -24,13 +24,16 @@ class TokenDataset(Dataset):
     packing is what a window makes of the documents, or parts of some, that lie in it. "concat": one sequence,
     in which later documents attend to earlier ones. "documents": sequences of their own, side by side.
 
+    held_out of the windows are no samples: the same ones whatever the seed, from all over the stream. They are read by
+    held_out_sample(j) for 0 <= j < held_out; none of their labels is a sample's label.
+
     fingerprint is a hash of the stream: a run that resumes with another one reads other data. num_tokens,
     num_documents and text_bytes are the stream's; len() is the number of windows, n.
 
-    Raises ValueError when the stream is too short for one window.
+    Raises ValueError when the stream is too short for one window, or half of it would be held out.
     """
 
-    def __init__(self, path: Path, *, seq_len: int, seed: int, packing: str = "concat") -> None:
+    def __init__(self, path: Path, *, seq_len: int, seed: int, packing: str = "concat", held_out: int = 0) -> None:
         header = read_header(path)
         assert header is not None, f"{path} is no complete token file"
         if header.num_tokens < seq_len + 1:
@@ -38,14 +41,20 @@ class TokenDataset(Dataset):
                 f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
                 f"{header.num_tokens}; use at most {header.num_tokens - 1}, or more data."
             )
-        self.path, self.seq_len, self.seed, self.packing = path, seq_len, seed, packing
+        windows = (header.num_tokens - 1) // seq_len
+        if held_out > windows // 2:
+            raise ValueError(
+                f"validation.samples ({held_out}) would hold out more than half of the data, which has {windows} "
+                f"sequences of {seq_len} tokens; use at most {windows // 2}, or more data."
+            )
+        self.path, self.seq_len, self.seed, self.packing, self.held_out = path, seq_len, seed, packing, held_out
         self.num_tokens, self.num_documents = header.num_tokens, header.num_documents
         self.text_bytes, self.fingerprint = header.text_bytes, header.fingerprint
         self._eos_id = header.eos_id
         self._tokens = open_tokens(path, header)
 
     def __len__(self) -> int:
-        return (self.num_tokens - 1) // self.seq_len
+        return (self.num_tokens - 1) // self.seq_len - self.held_out
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """tokens, labels and positions of sample i, each [seq_len] int64.
@@ -55,7 +64,15 @@ class TokenDataset(Dataset):
         count each document from 0, and documents [seq_len] int64 is its number in the window.
         """
         epoch, position = divmod(i, len(self))
-        start = permute(position, len(self), self.seed, epoch) * self.seq_len
+        return self._sample(permute(position, len(self), self.seed, epoch))
+
+    def held_out_sample(self, j: int) -> dict[str, Tensor]:
+        return self._sample(len(self) + j)
+
+    def _sample(self, place: int) -> dict[str, Tensor]:
+        if self.held_out:  # the windows that this order, the same for every seed, puts last
+            place = permute(place, len(self) + self.held_out, seed=0, epoch=-1)
+        start = place * self.seq_len
         window = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype("int64"))
         tokens, labels = window[:-1], window[1:]
         is_end = tokens == self._eos_id
@@ -73,11 +90,11 @@ class TokenDataset(Dataset):
 
     def __reduce__(self):
         # For workers that are not forked: pickled as it is, a memory map would take all its tokens along.
-        return _reopen, (self.path, self.seq_len, self.seed, self.packing)
+        return _reopen, (self.path, self.seq_len, self.seed, self.packing, self.held_out)
 
 
-def _reopen(path: Path, seq_len: int, seed: int, packing: str) -> TokenDataset:
-    return TokenDataset(path, seq_len=seq_len, seed=seed, packing=packing)
+def _reopen(path: Path, seq_len: int, seed: int, packing: str, held_out: int) -> TokenDataset:
+    return TokenDataset(path, seq_len=seq_len, seed=seed, packing=packing, held_out=held_out)
 
 
 def permute(i: int, n: int, seed: int, epoch: int) -> int:
