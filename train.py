@@ -76,6 +76,7 @@ def main(config: Config) -> None:
             seed=training.seed,
             packing=config.data.packing,
             held_out=config.validation.samples if holds_out(config) else 0,
+            weights=config.data.weights,
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
