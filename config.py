@@ -125,12 +125,29 @@ class Checkpoint:
 
 @dataclass
 class Data:
-    dataset: Literal["python_stdlib", "text"] = option("python_stdlib", "python_stdlib needs no files; text reads path")
-    path: str = option("", "file, folder or glob of text or .jsonl files")
-    text_key: str = option("text", "the field of a .jsonl line that holds the text")
+    dataset: Literal["python_stdlib", "text", "shards"] = option(
+        "python_stdlib", "python_stdlib needs no files; text reads path; shards reads what scripts/prepare_data.py made"
+    )
+    path: str = option("", "file, folder or glob of text, .jsonl or .parquet files; shards: a folder, or several: A,B")
+    weights: str = option("", "shards: what part of the samples comes from each folder, as in 0.7,0.3; else by size")
+    packing: Literal["concat", "documents"] = option(
+        "concat", "documents in a sequence: one text, or each on its own (no attention across, positions from 0)"
+    )
+    text_key: str = option("text", "the field of a .jsonl line, or .parquet row, that holds the text")
     tokenizer: str = option("bpe_4096", '"bpe_4096", "byte", a tiktoken encoding\'s name, or a tokenizer.model file')
     cache_folder: str = option("outputs/cache", "where tokenised data is kept")
     num_workers: int = option(0, "processes a rank that fetch ahead; 0: none", 0)
+
+
+@dataclass
+class Validation:
+    enable: bool = option(False, "measure the loss of held-out sequences")
+    interval: int = option(500, "steps between two times; the last step is always one", 1)
+    samples: int = option(512, "sequences, every time the same; training never sees them", 1)
+    dataset: Literal["training", "python_stdlib", "text", "shards"] = option(
+        "training", "where they come from: a part held out of the training data, or data of its own"
+    )
+    path: str = option("", "as data.path, of a dataset of its own")
 
 
 @dataclass
@@ -157,6 +174,7 @@ class Config:
     float8: Float8 = field(default_factory=Float8)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     data: Data = field(default_factory=Data)
+    validation: Validation = field(default_factory=Validation)
     metrics: Metrics = field(default_factory=Metrics)
     comm: Comm = field(default_factory=Comm)
 
@@ -181,6 +199,8 @@ def _check(config: Config) -> None:
         )
     p, recompute = config.parallelism, config.activation_checkpoint
     for option_name, takes_effect, needed in (
+        ("data.weights", config.data.dataset == "shards", "data.dataset shards"),
+        ("validation.path", config.validation.dataset != "training", "validation.dataset text"),
         ("checkpoint.load_step", config.checkpoint.enable, "checkpoint.enable true"),
         (
             "checkpoint.initial_load_in_hf",
@@ -214,6 +234,7 @@ def _check(config: Config) -> None:
         ),
         ("compile.backend", config.compile.enable, "compile.enable true"),
         *((f"float8.{f.name}", config.float8.enable, "float8.enable true") for f in fields(Float8)),
+        *((f"validation.{f.name}", config.validation.enable, "validation.enable true") for f in fields(Validation)),
     ):
         section, key = option_name.split(".")
         table = getattr(config, section)

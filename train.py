@@ -49,6 +49,7 @@ from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
 from training.optimizer import build_optimizer, clip_grad_norm
+from training.validation import Validation
 
 
 def main(config: Config) -> None:
@@ -73,10 +74,15 @@ def main(config: Config) -> None:
             tokenizer,
             seq_len=training.seq_len,
             seed=training.seed,
+            packing=config.data.packing,
+            held_out=config.validation.samples if holds_out(config) else 0,
+            weights=config.data.weights,
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
-    order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len}"
+    order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
+    if holds_out(config):
+        order_of_data += f" held out {config.validation.samples}"
     require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=order_of_data)
     global_batch_size = global_batch_size_of(config, mesh)
 
@@ -153,7 +159,8 @@ def main(config: Config) -> None:
         f"set up in {time.perf_counter() - STARTED:.1f} s"
     )
 
-    forward_backward = build_forward_backward(config, stages, mesh, device)
+    forward_backward, forward = build_forward_backward(config, stages, mesh, device)
+    validation = build_validation(config, dataset, tokenizer, stages, forward, mesh, device)
 
     keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
     metrics.start()
@@ -184,10 +191,17 @@ def main(config: Config) -> None:
         tokens = global_batch_size * training.seq_len
         tokens_seen += tokens
         metrics.count(tokens)
-        if metrics.is_log_step(step):
+        held_out = validation.run(step) if validation else {}
+        if metrics.is_log_step(step) or held_out:
             mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
             metrics.log(
-                step, loss=mean_loss, grad_norm=grad_norm, lr=lr, tokens_seen=tokens_seen, experts=balance.report()
+                step,
+                loss=mean_loss,
+                grad_norm=grad_norm,
+                lr=lr,
+                tokens_seen=tokens_seen,
+                experts=balance.report(),
+                validation=held_out,
             )
         checkpoint.maybe_save(
             step,
@@ -201,7 +215,8 @@ def main(config: Config) -> None:
 
 def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: Mesh, device: torch.device):
     """A function of (batch, num_tokens): this rank's part of the batch's loss, divided by num_tokens, the valid tokens
-    of the whole step; see training/loss.py. Gradients are summed: over batches, and over ranks."""
+    of the whole step; see training/loss.py. Gradients are summed: over batches, and over ranks. And a
+    function of a batch alone, for where no gradient is wanted: this rank's part of its summed loss."""
     training, p = config.training, config.parallelism
     if mesh.degrees.pp > 1:
         return build_pipeline(
@@ -217,13 +232,58 @@ def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: 
 
     (model,) = stages
 
+    def forward(batch):
+        return model(batch["tokens"], **{name: tensor for name, tensor in batch.items() if name != "tokens"})
+
     def forward_backward(batch, num_tokens):
-        inputs = dict(batch)
-        loss = model(inputs.pop("tokens"), **inputs) / num_tokens
+        loss = forward(batch) / num_tokens
         loss.backward()
         return loss.detach()
 
-    return forward_backward
+    return forward_backward, forward
+
+
+def build_validation(config: Config, dataset, tokenizer, stages, forward, mesh: Mesh, device) -> Validation | None:
+    """What measures the loss of held-out sequences, or None."""
+    options, training = config.validation, config.training
+    if not options.enable:
+        return None
+    sample = dataset.held_out_sample
+    if not holds_out(config):
+        with first_on_each_machine():
+            own = build_dataset(
+                options.dataset,
+                options.path,
+                tokenizer,
+                seq_len=training.seq_len,
+                seed=0,
+                packing=config.data.packing,
+                text_key=config.data.text_key,
+                cache_folder=config.data.cache_folder,
+            )
+        require_equal_on_all_ranks(validation=own.fingerprint)
+        if options.samples > len(own):
+            raise ValueError(f"validation.samples ({options.samples}) is more than there are: use at most {len(own)}.")
+        sample = own.__getitem__
+    return Validation(
+        sample,
+        options.samples,
+        interval=options.interval,
+        last_step=training.steps,
+        batch_size=training.local_batch_size,
+        data_rank=mesh.batch_rank,
+        data_ranks=mesh.batch_size,
+        forward=forward,
+        place=lambda batch: {k: v.to(device) for k, v in shard_sequences(batch, mesh.cp).items()},
+        stages=stages,
+        loss_mesh=mesh.loss,
+        pp_mesh=mesh.pp,
+    )
+
+
+def holds_out(config: Config) -> bool:
+    """Whether a part of the training data is held out."""
+    return config.validation.enable and config.validation.dataset == "training"
 
 
 def with_further_tokens(batch: dict, depth: int) -> dict:

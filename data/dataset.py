@@ -1,72 +1,110 @@
-"""Samples: windows of the token stream, where sample i is a pure function of (data, seed, i)."""
+"""Samples: windows of token streams, where sample i is a pure function of (data, seed, i)."""
 
+from collections.abc import Sequence
 from hashlib import blake2b
 from math import isqrt
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.packing import open_tokens, read_header
+from data.mixture import Mixture
+from data.shards import Corpus
 
 IGNORED = -100  # the label of a position that has nothing to predict
 ROUNDS = 12  # 6 mix a large n well; with 12, all orders of 6 windows come equally often too
 
 
 class TokenDataset(Dataset):
-    """Sample i, for any i >= 0, of the stream at path: the same in any process, whatever was read before.
+    """Sample i, for any i >= 0, of one corpus or a mixture: the same in any process, whatever was read before.
 
-    A window is seq_len + 1 ids, of which the last is also the first of the next window: every id of the
-    stream (but a rest shorter than seq_len) is a label once an epoch. Epoch i // n visits the n windows in
-    its own order.
+    A window is seq_len + 1 ids, of which the last is also the first of the next window: every id of a stream (but a
+    rest shorter than seq_len) is a label once an epoch. Epoch i // n of a corpus visits its n windows in its own order.
+    In a mixture each corpus gets its weight's part of the samples, and goes through its epochs at its own pace.
 
-    fingerprint is a hash of the stream: a run that resumes with another one reads other data. num_tokens,
-    num_documents and text_bytes are the stream's; len() is the number of windows, n.
+    packing is what a window makes of the documents, or parts of some, that lie in it. "concat": one sequence,
+    in which later documents attend to earlier ones. "documents": sequences of their own, side by side.
 
-    Raises ValueError when the stream is too short for one window.
+    held_out of the windows are no samples: the same ones whatever the seed, from all over the streams, by weight. They
+    are read by held_out_sample(j) for 0 <= j < held_out; none of their labels is a sample's label.
+
+    fingerprint is a hash of the streams and weights: a run that resumes with another one reads other data. len() is the
+    number of windows that are samples.
+
+    Raises ValueError when a stream is too short for one window, or half of it would be held out.
     """
 
-    def __init__(self, path: Path, *, seq_len: int, seed: int) -> None:
-        header = read_header(path)
-        assert header is not None, f"{path} is no complete token file"
-        if header.num_tokens < seq_len + 1:
-            raise ValueError(
-                f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
-                f"{header.num_tokens}; use at most {header.num_tokens - 1}, or more data."
-            )
-        self.path, self.seq_len, self.seed = path, seq_len, seed
-        self.num_tokens, self.num_documents = header.num_tokens, header.num_documents
-        self.text_bytes, self.fingerprint = header.text_bytes, header.fingerprint
-        self._eos_id = header.eos_id
-        self._tokens = open_tokens(path, header)
+    def __init__(
+        self,
+        corpora: Sequence[Corpus],
+        *,
+        seq_len: int,
+        seed: int,
+        packing: str = "concat",
+        held_out: int = 0,
+        weights: Sequence[float] | None = None,
+    ) -> None:
+        """weights None: by their number of windows."""
+        self.corpora, self.seq_len, self.seed, self.packing = corpora, seq_len, seed, packing
+        self.windows = [(corpus.num_tokens - 1) // seq_len for corpus in corpora]
+        for corpus, windows in zip(corpora, self.windows, strict=True):
+            if windows < 1:
+                raise ValueError(
+                    f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
+                    f"{corpus.num_tokens}; use at most {corpus.num_tokens - 1}, or more data."
+                )
+        weights = list(self.windows if weights is None else weights)
+        self.mixture = Mixture(weights, seed)
+        self.held_out_mixture = Mixture(weights, 0)
+        self.held_out = [self.held_out_mixture.count(c, held_out) for c in range(len(corpora))]
+        for windows, apart in zip(self.windows, self.held_out, strict=True):
+            if apart > windows // 2:
+                raise ValueError(
+                    f"validation.samples ({apart}) would hold out more than half of the data, which has {windows} "
+                    f"sequences of {seq_len} tokens; use at most {windows // 2}, or more data."
+                )
+        self.fingerprint = corpora[0].fingerprint
+        if len(corpora) > 1:
+            parts = [(corpus.fingerprint, weight) for corpus, weight in zip(corpora, weights, strict=True)]
+            self.fingerprint = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
-        return (self.num_tokens - 1) // self.seq_len
+        return sum(self.windows) - sum(self.held_out)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """tokens, labels and positions of sample i, each [seq_len] int64.
 
         labels[t] is the token behind tokens[t], or -100 where tokens[t] is eos: what follows is another
-        document, so there is nothing to learn. positions count the window from 0.
+        document, so there is nothing to learn. positions count the window from 0; with packing "documents" they
+        count each document from 0, and documents [seq_len] int64 is its number in the window.
         """
-        epoch, position = divmod(i, len(self))
-        start = permute(position, len(self), self.seed, epoch) * self.seq_len
-        window = torch.from_numpy(self._tokens[start : start + self.seq_len + 1].astype("int64"))
+        corpus, i = (0, i) if len(self.corpora) == 1 else self.mixture(i)
+        num_samples = self.windows[corpus] - self.held_out[corpus]
+        epoch, place = divmod(i, num_samples)
+        return self._sample(corpus, permute(place, num_samples, self.seed, epoch))
+
+    def held_out_sample(self, j: int) -> dict[str, Tensor]:
+        corpus, j = self.held_out_mixture(j)
+        return self._sample(corpus, self.windows[corpus] - self.held_out[corpus] + j)
+
+    def _sample(self, corpus: int, place: int) -> dict[str, Tensor]:
+        if self.held_out[corpus]:  # the windows that this order, the same for every seed, puts last
+            place = permute(place, self.windows[corpus], seed=0, epoch=-1)
+        ids = self.corpora[corpus].read(place * self.seq_len, self.seq_len + 1)
+        window = torch.from_numpy(ids.astype("int64"))
         tokens, labels = window[:-1], window[1:]
-        return {
+        is_end = tokens == self.corpora[corpus].eos_id
+        sample = {
             "tokens": tokens,
-            "labels": labels.masked_fill(tokens == self._eos_id, IGNORED),
+            "labels": labels.masked_fill(is_end, IGNORED),
             "positions": torch.arange(self.seq_len),
         }
-
-    def __reduce__(self):
-        # For workers that are not forked: pickled as it is, a memory map would take all its tokens along.
-        return _reopen, (self.path, self.seq_len, self.seed)
-
-
-def _reopen(path: Path, seq_len: int, seed: int) -> TokenDataset:
-    return TokenDataset(path, seq_len=seq_len, seed=seed)
+        if self.packing == "documents":
+            documents = is_end.cumsum(0) - is_end.long()  # ends before each token
+            starts = torch.cat([torch.zeros(1, dtype=torch.int64), is_end.nonzero()[:, 0] + 1])
+            sample["positions"] = sample["positions"] - starts[documents]
+            sample["documents"] = documents
+        return sample
 
 
 def permute(i: int, n: int, seed: int, epoch: int) -> int:

@@ -6,13 +6,14 @@ the same on any number of ranks, and a run goes on exactly with other ranks or b
 many samples are behind it.
 """
 
+import time
 import warnings
 from collections.abc import Iterator
-from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.dataset import TokenDataset
@@ -25,7 +26,7 @@ class Loader:
 
     next() gives one optimizer step: a list of microbatches, each {name: [local_batch_size, seq_len] int64}
     with the names of TokenDataset's samples. samples_consumed counts the samples, of all ranks, of the steps
-    handed out.
+    handed out; seconds_waited is how long next() took in all: what training has waited for data.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Loader:
         samples_consumed: int,
         num_workers: int,
     ) -> None:
-        self.samples_consumed = samples_consumed
+        self.samples_consumed, self.seconds_waited = samples_consumed, 0.0
         self._dataset, self._num_workers = dataset, num_workers
         self._global_batch_size, self._local_batch_size = global_batch_size, local_batch_size
         self._rank_batch_size, self._rank_offset = rank_batch_size, data_rank * rank_batch_size
@@ -49,9 +50,13 @@ class Loader:
         return self
 
     def __next__(self) -> list[Microbatch]:
+        start = time.perf_counter()
         if self._batches is None:
             self._batches = self._start()
         microbatches = next(self._batches)
+        self.seconds_waited += time.perf_counter() - start
+        if isinstance(microbatches, ValueError):
+            raise ValueError(str(microbatches))
         # Counted here, where a step is handed out: workers are already fetching the steps after it.
         self.samples_consumed += self._global_batch_size
         return microbatches
@@ -69,9 +74,9 @@ class Loader:
         with warnings.catch_warnings():  # torchdata 0.11 on torch 2.13, about itself
             warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
             batches = StatefulDataLoader(
-                self._dataset,
-                batch_sampler=_steps(first, self._rank_batch_size, self._global_batch_size),
-                collate_fn=partial(_microbatches, self._local_batch_size),
+                _Steps(self._dataset, self._rank_batch_size, self._local_batch_size),
+                sampler=count(first, self._global_batch_size),
+                batch_size=None,
                 num_workers=self._num_workers,
                 generator=torch.Generator(),  # its own: otherwise it draws a number from the model's
             )
@@ -113,14 +118,17 @@ def build_loader(
     )
 
 
-def _steps(first: int, size: int, stride: int) -> Iterator[list[int]]:
-    """The sample numbers of each step. No method of Loader: in a cycle of references, workers outlive their
-    queues, and each is waited for, in vain, for 5 seconds."""
-    while True:
-        yield list(range(first, first + size))
-        first += stride
+class _Steps(Dataset):
+    """A rank's share of a step, by the number of its first sample. No part of Loader: in a cycle of references, workers
+    outlive their queues, and each is waited for, in vain, for 5 seconds."""
 
+    def __init__(self, dataset: TokenDataset, size: int, local_batch_size: int):
+        self.dataset, self.size, self.local_batch_size = dataset, size, local_batch_size
 
-def _microbatches(local_batch_size: int, samples: list[Microbatch]) -> list[Microbatch]:
-    firsts = range(0, len(samples), local_batch_size)
-    return [default_collate(samples[first : first + local_batch_size]) for first in firsts]
+    def __getitem__(self, first: int) -> list[Microbatch] | ValueError:
+        try:
+            samples = [self.dataset[i] for i in range(first, first + self.size)]
+        except ValueError as error:
+            return error  # raised where it is received: a worker's errors arrive as pages of traceback
+        firsts = range(0, self.size, self.local_batch_size)
+        return [default_collate(samples[i : i + self.local_batch_size]) for i in firsts]

@@ -83,11 +83,12 @@ class Tokenizer:
         """The ids of text alone, no bos or eos; the name of a special token in it is text like any other."""
         return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays, made in parallel: tiktoken works without the GIL."""
+    def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
+        """encode() of each text, as uint32 arrays, made in parallel: tiktoken works without the GIL. threads None: as
+        many as there are cores."""
         pieces = [list(_pieces(text)) for text in texts]
         _ = self._encoding  # made once, before threads race for it
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(threads) as pool:
             encoded = pool.map(self._encode_piece, (piece for of_text in pieces for piece in of_text))
             return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
 

@@ -1,14 +1,48 @@
 """Attention: grouped queries (multi-head and multi-query are its cases n_kv_heads = n_heads and = 1), and DeepSeek's
-multi-head latent attention."""
+multi-head latent attention. Both look at all of the past, or, where several documents share a sequence, at the past of
+the own document."""
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.args import ModelArgs
 from model.rope import apply_rope, yarn_mscale
 
 LATENT_NORM_EPS = 1e-6  # whatever norm_eps is, as in DeepSeek's reference code and in transformers
+
+
+@cache
+def compiled(function):
+    """FlexAttention's functions must be compiled: as they are, they make the whole matrix of scores."""
+    return torch.compile(function, dynamic=False)
+
+
+class DocumentMask(nn.Module):
+    """Who may attend to whom where documents share a sequence: no parameters, the seam for a part of the queries."""
+
+    def queries(self, seq_len: int, device: torch.device) -> Tensor:
+        """The places in the sequence of those whose queries are here: int64, all of them."""
+        return torch.arange(seq_len, device=device)
+
+    def forward(self, documents: Tensor, as_blocks: bool) -> Tensor | BlockMask:
+        """documents [batch, seq] (int64), the number of each token's document -> what `CoreAttention` takes, made once
+        for all layers: a tensor [batch, 1, queries, seq] that is true where both are of one document and the key is
+        not behind the query; or, as_blocks, the same for FlexAttention, which skips blocks that are false throughout
+        (CUDA, and not in float64)."""
+        (batch, seq), device = documents.shape, documents.device
+        queries = self.queries(seq, device)
+
+        def allowed(b, _, q, k):
+            return (documents[b, queries[q]] == documents[b, k]) & (k <= queries[q])
+
+        if as_blocks:
+            return compiled(create_block_mask)(allowed, batch, None, len(queries), seq, device=device)
+        b, q, k = (torch.arange(n, device=device) for n in (batch, len(queries), seq))
+        return allowed(b[:, None, None, None], None, q[:, None], k)
 
 
 class CoreAttention(nn.Module):
@@ -20,10 +54,15 @@ class CoreAttention(nn.Module):
         super().__init__()
         self.scale = scale
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q [batch, seq, heads, d_qk], k [batch, seq, kv heads, d_qk], v [batch, seq, kv heads, d_v] -> [batch, seq,
-        heads, d_v]. A mask replaces the causal one, for queries that are not those of all keys' positions."""
+        heads, d_v]. A mask replaces the causal one: `DocumentMask`'s, or one for queries that are not those of all
+        keys' positions."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if isinstance(mask, BlockMask):
+            attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+            out = attend(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
+            return out.transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
         )
@@ -40,14 +79,14 @@ class Attention(nn.Module):
         self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
         self.core = CoreAttention()
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`, mask from `DocumentMask` or None."""
         batch, seq, _ = x.shape
         # -1 and not the number of heads: under tensor parallelism a rank holds only some of them.
         q = self.wq(x).view(batch, seq, -1, self.head_dim)
         k = self.wk(x).view(batch, seq, -1, self.head_dim)
         v = self.wv(x).view(batch, seq, -1, self.head_dim)
-        out = self.core(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v)
+        out = self.core(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask)
         return self.wo(out.reshape(batch, seq, -1))
 
 
@@ -76,8 +115,8 @@ class LatentAttention(nn.Module):
         self.latent = nn.Identity()  # a seam: what is gathered here is 4 to 70 times narrower than keys and values
         self.core = CoreAttention(sum(self.qk_dims) ** -0.5 * yarn_mscale(args, args.rope_mscale_all_dim) ** 2)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`, mask from `DocumentMask` or None."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compresses_queries else self.wq(x)
         # -1 and not the number of heads: under tensor parallelism a rank holds only some of them (and x is a part of
         # the sequence that the latents are whole of).
@@ -90,4 +129,4 @@ class LatentAttention(nn.Module):
         keys_values = self.wkv_b(latent).unflatten(-1, (-1, sum(self.kv_dims)))
         k_nope, v = keys_values.split(self.kv_dims, dim=-1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, k_nope.size(2), -1)), dim=-1)
-        return self.wo(self.core(q, k, v).flatten(2))
+        return self.wo(self.core(q, k, v, mask).flatten(2))

@@ -19,12 +19,15 @@ class MTPLayer(nn.Module):
         self.block = block
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(self, h: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, h: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask=None
+    ) -> tuple[Tensor, Tensor | None]:
         """From what the depth before made, h [B, S, D] after its last norm, and the embedding [B, S, D] of the token
-        after each: what the head turns into logits [B, S, D], and the tokens that went to each expert."""
+        after each: what the head turns into logits [B, S, D], and the tokens that went to each expert. cos, sin and
+        mask are a block's."""
         # The embedding comes first in the published weights, other than in the paper's equation 21.
         h = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
-        h, counts = self.block(h, cos, sin)
+        h, counts = self.block(h, cos, sin, mask)
         return self.norm(h), counts
 
 
@@ -35,7 +38,7 @@ def further_tokens(tokens: Tensor, labels: Tensor, depth: int) -> dict[str, Tens
     next_tokens, next_labels = [], []
     for _ in range(depth):
         is_valid = labels != IGNORE_INDEX
-        tokens = nn.functional.pad(tokens[:, 1:], (0, 1))
+        tokens = nn.functional.pad(tokens[:, 1:], (0, 1)).where(is_valid, 0)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).where(is_valid, IGNORE_INDEX)
         next_tokens.append(tokens)
         next_labels.append(labels)

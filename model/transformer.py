@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.args import ModelArgs
-from model.attention import Attention, LatentAttention
+from model.attention import Attention, DocumentMask, LatentAttention
 from model.head import Head
 from model.moe import MoE
 from model.mtp import MTPLayer
@@ -52,9 +52,10 @@ class TransformerBlock(nn.Module):
         else:
             self.feed_forward = FeedForward(args.dim, args.ffn_dim)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
-        """x [batch, seq, dim] -> the same, and in a mixture the number of tokens that went to each expert."""
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None) -> tuple[Tensor, Tensor | None]:
+        """x [batch, seq, dim], the rest as for attention -> x's shape; and in a mixture the number of tokens that went
+        to each expert."""
+        x = x + self.attention(self.attention_norm(x), cos, sin, mask)
         if self.moe is None:
             return x + self.feed_forward(self.ffn_norm(x)), None
         y, tokens_per_expert = self.moe(self.ffn_norm(x))
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.output = Head(args.dim, args.vocab_size, loss_chunk_size)
         self.mtp = nn.ModuleDict({str(k): MTPLayer(args, block) for k, block in enumerate(blocks[args.n_layers :])})
+        self.document_mask = DocumentMask()
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -98,13 +100,16 @@ class Transformer(nn.Module):
         labels: Tensor | None = None,
         mtp_tokens: Tensor | None = None,
         mtp_labels: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         """Logits [batch, seq, vocab_size] for token ids x [batch, seq] (int64) at `positions` [batch, seq] (int64).
         Given labels [batch, seq] (int64, -100 where there is none), the sum of their cross entropies in nats. In a
         later pipeline stage x is the stream [batch, seq, dim], in an earlier one so is the result.
 
         mtp_tokens and mtp_labels [batch, seq, n_mtp_layers], from `further_tokens`, are for multi-token prediction: the
-        mean of its losses, times mtp_loss_weight, is added to the gradient but not to the loss that is returned."""
+        mean of its losses, times mtp_loss_weight, is added to the gradient but not to the loss that is returned.
+
+        documents [batch, whole seq] (int64) numbers the documents that share a sequence: attention stays in each."""
         # All tokens in one look-up: what is communicated for the embedding is communicated once.
         ids = [] if x.is_floating_point() else [x]
         if self.output is not None and mtp_tokens is not None:
@@ -112,14 +117,17 @@ class Transformer(nn.Module):
         embedded = list(self.tok_embeddings(torch.cat(ids)).chunk(len(ids))) if ids else []
         h = x if x.is_floating_point() else embedded.pop(0)
         cos, sin = rope_cos_sin(positions, self.args)
+        mask = None
+        if documents is not None:
+            mask = self.document_mask(documents, as_blocks=h.is_cuda and h.dtype != torch.float64)
         for block in self.layers.values():
-            h = self._counted(block.moe, *block(h, cos, sin))
+            h = self._counted(block.moe, *block(h, cos, sin, mask))
         h = self.norm(h) if self.norm is not None else h
         if self.output is None or labels is None:
             return self.output(h) if self.output is not None else h
         streams, targets = [h], [labels]
         for k, (layer, embedding) in enumerate(zip(self.mtp.values(), embedded, strict=bool(embedded))):
-            streams.append(self._counted(layer.block.moe, *layer(streams[-1], embedding, cos, sin)))
+            streams.append(self._counted(layer.block.moe, *layer(streams[-1], embedding, cos, sin, mask)))
             targets.append(mtp_labels[..., k])
         # Once, with everything: what is communicated for the head is communicated once.
         loss, *further = self.output(torch.cat(streams), torch.cat(targets), len(streams)).unbind()

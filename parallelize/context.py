@@ -3,7 +3,8 @@
 Everything but attention works on single tokens, so only attention communicates. Under a causal mask later tokens attend
 to more: with C ranks, a sequence is cut in 2C chunks, and rank r holds chunks r and 2C - 1 - r, one from the head and
 one from the tail, so that all have the same work (Llama 3, arXiv:2407.21783, section 3.3.2). Positions and labels are
-cut like the tokens and travel with them.
+cut like the tokens and travel with them; the numbers of documents, where several share a sequence, stay whole, as every
+query needs those of all keys.
 
 Three methods, for a rank's b = batch x seq / C tokens of a microbatch and the heads of size d that tensor parallelism
 leaves it, H of queries and K of keys and values; in elements, of param_dtype's bytes:
@@ -38,17 +39,19 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
 from model.args import ModelArgs
+from model.attention import BlockMask, DocumentMask
 from parallelize.compat import all_to_all_single_autograd
 from parallelize.styles import gather_sequence
 
 
 def shard_sequences(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
-    """This rank's part [batch, seq / C] of each tensor [batch, seq]: chunks r and 2C - 1 - r of 2C."""
+    """This rank's part [batch, seq / C] of each tensor [batch, seq] but documents: chunks r and 2C - 1 - r of 2C."""
     size, rank = mesh.size(), mesh.get_local_rank()
     if size == 1:
         return batch
     chunks = {name: tensor.chunk(2 * size, dim=1) for name, tensor in batch.items()}
-    return {name: torch.cat((c[rank], c[2 * size - 1 - rank]), dim=1) for name, c in chunks.items()}
+    parts = {name: torch.cat((c[rank], c[2 * size - 1 - rank]), dim=1) for name, c in chunks.items()}
+    return parts | {name: tensor for name, tensor in batch.items() if name == "documents"}
 
 
 def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, *, method: str, seq_len: int, tp: int) -> None:
@@ -62,6 +65,20 @@ def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, *, method: str, s
         block.attention.core = make(block.attention.core, mesh, seq_len)
         if method == "latent":
             block.attention.latent = GatherTokens(mesh)
+    if method != "alltoall":
+        model.document_mask = PartOfDocumentMask(mesh, seq_len)
+
+
+class PartOfDocumentMask(DocumentMask):
+    """The rows of the mask that are for this rank's two chunks of queries."""
+
+    def __init__(self, mesh: DeviceMesh, seq_len: int):
+        super().__init__()
+        rank, self.chunk = mesh.get_local_rank(), seq_len // (2 * mesh.size())
+        self.starts = (rank * self.chunk, (2 * mesh.size() - 1 - rank) * self.chunk)
+
+    def queries(self, seq_len: int, device: torch.device) -> Tensor:
+        return torch.cat([torch.arange(start, start + self.chunk, device=device) for start in self.starts])
 
 
 class GatherTokens(nn.Module):
@@ -89,8 +106,11 @@ class PartOfQueries(nn.Module):
         self.ends = ((rank + 1) * chunk, (2 * mesh.size() - rank) * chunk)
         self.masks = [causal_lower_right(chunk, end) for end in self.ends]
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [batch, seq / C, heads, d_qk] of the two chunks; k and v [batch, seq, heads, d] -> [.., heads, d_v]."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """q [batch, seq / C, heads, d_qk] of the two chunks; k and v [batch, seq, heads, d] -> [.., heads, d_v]. mask:
+        `PartOfDocumentMask`'s, for both chunks at once, or None."""
+        if mask is not None:
+            return self.core(q, k, v, mask)
         parts = zip(q.chunk(2, dim=1), self.ends, self.masks, strict=True)
         return torch.cat([self.core(part, k[:, :end], v[:, :end], mask) for part, end, mask in parts], dim=1)
 
@@ -100,10 +120,10 @@ class GatheredAttention(PartOfQueries):
         super().__init__(core, mesh, seq_len)
         self.gather = GatherTokens(mesh)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q, k, v [batch, seq / C, heads, d] of this rank's two chunks -> [batch, seq / C, heads, d_v]."""
         k, v = self.gather(torch.cat((k, v), dim=-1)).split((k.size(-1), v.size(-1)), dim=-1)
-        return super().forward(q, k, v)
+        return super().forward(q, k, v, mask)
 
 
 class HeadExchangeAttention(nn.Module):
@@ -111,7 +131,7 @@ class HeadExchangeAttention(nn.Module):
         super().__init__()
         self.core, self.mesh = core, mesh
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q, k, v [batch, seq / C, heads, head_dim] of this rank's two chunks; returns q's shape."""
         n = self.mesh.size()
         # [batch, seq / C, heads, d] -> [C, batch, seq / C, heads / C x d]: what goes to each rank; one message for all.
@@ -122,7 +142,7 @@ class HeadExchangeAttention(nn.Module):
             x.unflatten(-1, (-1, d))
             for x, d in zip(together.split(widths, dim=-1), (q.size(3), k.size(3), v.size(3)), strict=True)
         )
-        out = self.core(q, k, v)  # all tokens of some heads: nothing here knows that there are others
+        out = self.core(q, k, v, mask)  # all tokens of some heads: nothing here knows that there are others
         back = self._exchange(by_rank(out, n))  # [C, batch, seq / C, heads / C, d], by the heads' rank
         return back.movedim(0, 2).flatten(2, 3)
 

@@ -68,7 +68,7 @@ def split_into_stages(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stag
         )
     counts = layers_per_stage(model, num_stages)
     stages = []
-    for index in stage_indices(mesh, schedule, per_rank):
+    for index in stage_indices(mesh.get_local_rank(), mesh.size(), schedule, per_rank):
         stage = copy.deepcopy(model)
         first = sum(counts[:index])
         for name in list(stage.layers):
@@ -102,9 +102,8 @@ def layers_per_stage(model: nn.Module, num_stages: int) -> list[int]:
     return counts
 
 
-def stage_indices(mesh: DeviceMesh, schedule: str, per_rank: int) -> list[int]:
-    """Which stages this rank has."""
-    rank, size = mesh.get_local_rank(), mesh.size()
+def stage_indices(rank: int, size: int, schedule: str, per_rank: int) -> list[int]:
+    """Which stages a rank has."""
     if schedule in V_SHAPED:
         return [rank, 2 * size - 1 - rank]
     return [rank + size * i for i in range(per_rank)]
@@ -120,9 +119,10 @@ def build_pipeline(
     seq_len: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+) -> tuple[Callable[[dict[str, Tensor], Tensor], Tensor], Callable[[dict[str, Tensor]], Tensor]]:
     """A function of (batch, num_tokens) that runs forward and backward of a batch of batch_size sequences through the
-    stages, and returns this rank's part of its loss divided by num_tokens: 0 but on the rank with the last stage.
+    stages, and returns this rank's part of its loss divided by num_tokens: 0 but on the rank with the last stage. And
+    one of a batch that runs forward alone, where no gradient is wanted, and returns its part of the summed loss.
 
     seq_len is that of the stream between the stages, dtype its dtype. ValueError if the schedule cannot be run with so
     many microbatches."""
@@ -135,7 +135,8 @@ def build_pipeline(
         )
     stream = dict(size=(microbatch_size, seq_len, stages[0].args.dim), dtype=dtype)
     pipeline_stages = []
-    for stage, index in zip(stages, stage_indices(mesh, schedule, per_rank), strict=True):
+    indices = stage_indices(mesh.get_local_rank(), mesh.size(), schedule, per_rank)
+    for stage, index in zip(stages, indices, strict=True):
         # Shapes are told, not found out by a forward more. They must say what wants a gradient, or none is sent.
         with torch.device("meta"):
             tokens = torch.empty(microbatch_size, seq_len, dtype=torch.int64)
@@ -167,7 +168,40 @@ def build_pipeline(
         )
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=device)
 
-    return forward_backward
+    return forward_backward, _forward_alone(stages, mesh, schedule, num_microbatches, stream, device)
+
+
+def _forward_alone(
+    stages: list[nn.Module],
+    mesh: DeviceMesh,
+    schedule: str,
+    num_microbatches: int,
+    stream: dict,
+    device: torch.device,
+) -> Callable[[dict[str, Tensor]], Tensor]:
+    """See `build_pipeline`. A schedule is made for backwards (and its own eval() makes its stages anew whenever it is
+    entered, and left). Here each microbatch just goes from stage to stage, and the next one follows it."""
+    size, rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+    rank_of = {i: r for r in range(size) for i in stage_indices(r, size, schedule, len(stages))}
+    last = len(stages) * size - 1
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for parts in zip(*(tensor.chunk(num_microbatches) for tensor in batch.values()), strict=True):
+            inputs = dict(zip(batch, parts, strict=True))
+            x = inputs.pop("tokens")
+            for index, stage in zip(stage_indices(rank, size, schedule, len(stages)), stages, strict=True):
+                if index > 0 and rank_of[index - 1] != rank:
+                    x = torch.empty(**stream, device=device)
+                    dist.recv(x, group=group, group_src=rank_of[index - 1])
+                x = stage(x, **inputs)
+                if index == last:
+                    total += x
+                elif rank_of[index + 1] != rank:
+                    dist.send(x.contiguous(), group=group, group_dst=rank_of[index + 1])
+        return total
+
+    return forward
 
 
 class SharedEmbedding:

@@ -75,7 +75,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, u
     }
     grouped_queries = {
         "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None), desired_input_layouts=(Replicate(), None, None)
+            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
         ),
         "attention.wq": ColwiseParallel(),
         "attention.wk": ColwiseParallel(),

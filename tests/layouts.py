@@ -48,6 +48,8 @@ MODELS = {  # what is trained; the reference is one process, all eight sequences
     "V2": V2,
     "mixture": OTHER,
     "mixture, 4 layers": OTHER | {"model.n_layers": "4"},
+    "documents": {"data.packing": "documents"},
+    "V3, documents": V3 | {"data.packing": "documents"},
 }
 
 
@@ -197,4 +199,21 @@ def mixtures() -> list[Layout]:
     return layouts
 
 
-LAYOUTS = {made.name: made for made in every_combination() + every_schedule() + more() + mixtures()}
+def packed() -> list[Layout]:
+    """Documents side by side in a sequence, under every parallelism that cuts sequences or batches."""
+    method, mode = "parallelism__context_parallel_method", "activation_checkpoint__mode"
+    documents, v3 = dict(model="documents"), dict(model="V3, documents")
+    return [
+        layout(fsdp=2, **documents, accumulation=2),
+        layout(tp=2, **documents, **{mode: "selective"}),
+        *(layout(cp=2, **documents, **{method: m}) for m in ("allgather", "alltoall")),
+        layout(2, **documents),
+        layout(2, fsdp=2, cp=2, **documents, accumulation=2),
+        layout(cp=2, tp=2, **documents, **{mode: "full"}),
+        layout(cp=4, **v3, **{method: "latent"}),
+        layout(fsdp=2, cp=2, **v3, ep=4, **{method: "latent"}),
+        layout(2, fsdp=2, tp=2, **v3, ep=2),
+    ]
+
+
+LAYOUTS = {made.name: made for made in every_combination() + every_schedule() + more() + mixtures() + packed()}

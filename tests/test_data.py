@@ -1,16 +1,14 @@
-"""The data: documents, and the cached stream of tokens that they become."""
+"""Where documents come from."""
 
 import json
-import os
+import sys
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 from data import build_dataset, build_tokenizer
 from data.dataset import TokenDataset
-from data.packing import HEADER_BYTES, open_tokens, pack, read_header
-from data.prepare import main as prepare
-from data.sources import build_source
+from data.sources import Stream, build_source
 
 BYTE = build_tokenizer("byte")
 
@@ -21,9 +19,6 @@ def text_dataset(folder, text="", *, seq_len=8, seed=0, tokenizer=BYTE) -> Token
     return build_dataset(
         "text", str(folder / "texts"), tokenizer, seq_len=seq_len, seed=seed, cache_folder=folder / "cache"
     )
-
-
-# ---------------------------------------------------------------------------------- sources
 
 
 def test_stdlib_documents():
@@ -98,80 +93,69 @@ def test_source_errors(tmp_path):
     assert "it has no keys: it is no object" in error_of("text", lines)
 
 
-# ---------------------------------------------------------------------------------- the stream's cache
+def test_parquet(tmp_path):
+    """A .parquet file gives one document a row, of the column asked for, row group by row group."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["one", "", None, "two", "three"], "id": [1, 2, 3, 4, 5]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    source = build_source("text", str(tmp_path))
+    assert list(source) == ["one", "two", "three"]
+    assert [list(unit) for unit in source.units(1)] == [["one"], ["two"], ["three"]]
+    with pytest.raises(ValueError, match=r'a\.parquet has no column of strings "id" .* it has text, id\.'):
+        list(build_source("text", str(tmp_path), "id"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 torn")
+    with pytest.raises(ValueError, match=r"a\.parquet is no Parquet file, or not a whole one"):
+        list(build_source("text", str(tmp_path)))
 
 
-def test_stream(tmp_path):
-    """The stream is bos, ids, eos of each document in order; without a bos token just ids and eos."""
-    (tmp_path / "a.jsonl").write_text('{"text": "hi"}\n{"text": "you"}\n')
-    path = pack(build_source("text", str(tmp_path / "*.jsonl")), BYTE, tmp_path / "cache")
-    header = read_header(path)
-    tokens = open_tokens(path, header)
-    assert tokens.dtype == np.uint16 and tokens.tolist() == [256, *b"hi", 257, 256, *b"you", 257]
-    assert (header.num_tokens, header.num_documents, header.text_bytes) == (9, 2, 5)
-
-    no_bos = build_tokenizer("byte")
-    no_bos.bos_id, no_bos.vocab_size = None, 70_000
-    path = pack(build_source("text", str(tmp_path / "*.jsonl")), no_bos, tmp_path / "cache32")
-    tokens = open_tokens(path, read_header(path))
-    assert tokens.dtype == np.uint32 and tokens.tolist() == [*b"hi", 257, *b"you", 257]
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    """Says what to install."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"a\.parquet is Parquet, which needs pyarrow: pip install pyarrow\."):
+        list(build_source("text", str(tmp_path)))
 
 
-def test_cache_is_found_and_follows_its_inputs(tmp_path):
-    """The same inputs are tokenised once; another tokenizer or text gives another file and fingerprint."""
-
-    def build(tokenizer):
-        return build_dataset("text", f"{tmp_path}/texts", tokenizer, seq_len=4, seed=0, cache_folder=cache)
-
-    cache = tmp_path / "cache"
-    first = text_dataset(tmp_path, "some text, long enough")
-    written = first.path.stat().st_mtime_ns
-    again = build(BYTE)
-    assert again.path == first.path and first.path.stat().st_mtime_ns == written
-    assert again.fingerprint == first.fingerprint
-    bpe = build(build_tokenizer("bpe_4096"))
-    other = text_dataset(tmp_path, "some text, long_enough")
-    assert len({first.path, bpe.path, other.path}) == 3
-    assert len({first.fingerprint, bpe.fingerprint, other.fingerprint}) == 3
-    assert sorted(os.listdir(cache)) == sorted(d.path.name for d in (first, bpe, other))
+@pytest.mark.parametrize("unit_bytes", [1, 7, 20, 50, 10**6])
+def test_units_of_jsonl(tmp_path, unit_bytes):
+    """However a file is cut, each line is in one part, in order; an error names its line in the file."""
+    texts = ["one", "two, longer", "", "\u00e9\u2028", "x" * 40, "last"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\ufeff" + "\n".join(lines) + "\n\n")
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    units = build_source("text", str(tmp_path)).units(unit_bytes)
+    assert [text for unit in units for text in unit] == 2 * [text for text in texts if text]
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[:4], "{", *lines]))
+    with pytest.raises(ValueError, match=r"b\.jsonl:5 is not JSON"):
+        [list(unit) for unit in build_source("text", str(tmp_path)).units(unit_bytes)]
 
 
-@pytest.mark.parametrize("keep", [0, 100, HEADER_BYTES, -1])
-def test_torn_cache_is_rebuilt(tmp_path, keep):
-    """A cache file cut anywhere is made again, to the same bytes."""
-    path = text_dataset(tmp_path).path
-    whole = path.read_bytes()
-    path.write_bytes(whole[:keep])
-    build_dataset("text", str(tmp_path / "texts"), BYTE, seq_len=8, seed=0, cache_folder=tmp_path / "cache")
-    assert path.read_bytes() == whole
+class FakeStream:
+    """What is used of a dataset of Hugging Face's."""
+
+    def __init__(self, shards):
+        self.shards, self.num_shards = shards, len(shards)
+
+    def shard(self, num_shards, index):
+        assert num_shards == self.num_shards
+        return FakeStream([self.shards[index]])
+
+    def __iter__(self):
+        return ({"text": text} for shard in self.shards for text in shard)
 
 
-def test_failed_writer_leaves_nothing(tmp_path):
-    """A document that cannot be read, or no text at all, is an error and leaves no file in the cache."""
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a.txt").write_text("fine")
-    (tmp_path / "texts/b.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
-        text_dataset(tmp_path)
-    (tmp_path / "texts/b.txt").unlink()
-    (tmp_path / "texts/a.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no text in the 1 file\(s\) of .*texts: all are empty"):
-        pack(build_source("text", str(tmp_path / "texts")), BYTE, tmp_path / "cache")
-    assert os.listdir(tmp_path / "cache") == []
+def test_stream_of_hugging_face(monkeypatch):
+    """A unit for each of the dataset's shards, streamed; and what to install where there is no such library."""
 
+    def load_dataset(*args, **kwargs):
+        assert (args, kwargs) == (("owner/name", "en"), {"split": "train", "streaming": True})
+        return FakeStream([["one", "two"], [], ["", "three"]])
 
-def test_cache_that_cannot_be_written(tmp_path):
-    """A cache folder that cannot be one is the user's error, in one line."""
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ValueError, match=r"^data\.cache_folder \(.*/cache\) cannot be used: Not a directory\.$"):
-        text_dataset(tmp_path)
-
-
-def test_prepare(tmp_path, capsys):
-    """prepare fills the cache that a run with the same options uses."""
-    path = text_dataset(tmp_path, "0123456789").path
-    path.unlink()
-    prepare(["--dataset=text", f"--path={tmp_path}/texts", "--tokenizer=byte", f"--cache_folder={tmp_path}/cache"])
-    assert path.exists()
-    said = capsys.readouterr().out
-    assert "1 documents, 10 bytes" in said and "12 tokens, 0.83 bytes a token; 258 ids" in said and str(path) in said
+    source = Stream("owner/name", "en", "train", "text")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"owner/name is read with Hugging Face's datasets: pip install datasets\."):
+        source.units(1)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert [list(unit) for unit in source.units(1)] == [["one", "two"], [], ["three"]]
+    with pytest.raises(ValueError, match=r'no string under "body" \(text_key\); it has keys text\.'):
+        list(Stream("owner/name", "en", "train", "body").units(1)[0])

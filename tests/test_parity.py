@@ -172,7 +172,7 @@ def _dtypes_under_mixed_precision():
         cpu_offload=False,
     )
     seen = []
-    model.layers["1"].attention.register_forward_pre_hook(lambda _, inputs: seen.append([x.dtype for x in inputs]))
+    model.layers["1"].attention.register_forward_pre_hook(lambda _, inputs: seen.append([x.dtype for x in inputs[:3]]))
     model(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8)[None])
     return seen
 

@@ -17,7 +17,6 @@ from test_data import BYTE, text_dataset
 
 from data import build_dataset, build_loader, build_tokenizer
 from data.dataset import permute
-from data.packing import open_tokens, read_header
 
 # ---------------------------------------------------------------------------------- samples
 
@@ -54,7 +53,7 @@ def test_windows_cover_the_stream(tmp_path):
     once.
     """
     dataset = text_dataset(tmp_path, seq_len=7)
-    stream = np.array(open_tokens(dataset.path, read_header(dataset.path)))
+    stream = dataset.corpora[0].read(0, dataset.corpora[0].num_tokens)
     n = len(dataset)
     assert n == (len(stream) - 1) // 7
     for epoch in (0, 1, 5):
@@ -85,13 +84,13 @@ def test_samples_are_the_same_in_any_process(tmp_path):
     """Samples depend on (data, seed, i) only: not on hash randomisation, not on what was read before."""
     dataset = text_dataset(tmp_path, seed=7)
     program = (
-        "import sys; from pathlib import Path; from data.dataset import TokenDataset\n"
-        "d = TokenDataset(Path(sys.argv[1]), seq_len=8, seed=7)\n"
+        "import sys; from data.dataset import TokenDataset; from data.shards import Corpus\n"
+        "d = TokenDataset([Corpus(sys.argv[1])], seq_len=8, seed=7)\n"
         "print([d[i]['tokens'].tolist() for i in (1000, 3, 77)])"
     )
     here = str([dataset[i]["tokens"].tolist() for i in (1000, 3, 77)])
     process = subprocess.run(
-        [sys.executable, "-c", program, str(dataset.path)],
+        [sys.executable, "-c", program, str(dataset.corpora[0].folder)],
         env={**os.environ, "PYTHONHASHSEED": "1"},  # conftest has put the repository on its path
         capture_output=True,
         text=True,
@@ -99,7 +98,7 @@ def test_samples_are_the_same_in_any_process(tmp_path):
     )
     assert process.stdout.strip() == here
     assert pickle.loads(pickle.dumps(dataset))[77]["tokens"].equal(dataset[77]["tokens"])
-    assert len(pickle.dumps(dataset)) < 1000  # the path goes to a worker, not the tokens
+    assert len(pickle.dumps(dataset)) < 1000  # the folder goes to a worker, not the tokens
     assert not all(text_dataset(tmp_path, seed=8)[i]["tokens"].equal(dataset[i]["tokens"]) for i in range(5))
 
 
@@ -229,8 +228,9 @@ def test_default_data(tmp_path):
     """
     tokenizer = build_tokenizer("bpe_4096")
     dataset = build_dataset("python_stdlib", "", tokenizer, seq_len=256, seed=0, cache_folder=tmp_path)
-    assert dataset.num_tokens > 1_500_000 and dataset.text_bytes / dataset.num_tokens > 3
-    tokens = open_tokens(dataset.path, read_header(dataset.path))
+    (corpus,) = dataset.corpora
+    assert corpus.num_tokens > 1_500_000 and corpus.text_bytes / corpus.num_tokens > 3
+    tokens = corpus.read(0, corpus.num_tokens)
     assert int(tokens.max()) == tokenizer.eos_id and len(np.unique(tokens)) > 3500
     documents = Counter(tokens[tokens >= tokenizer.bos_id].tolist())
-    assert set(documents.values()) == {dataset.num_documents}
+    assert set(documents.values()) == {corpus.num_documents}

@@ -50,7 +50,8 @@ class Metrics:
     tokens_seen (since step 0, resumed runs included), tokens_per_second (of all ranks), tokens_per_second_per_device,
     tflops (model FLOPs a device a second, in 1e12), mfu (tflops / the device's peak; null if that is unknown),
     memory_gib (rank 0's peak) and seconds (a step, the mean since the last logged one). For a mixture of experts also
-    expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py).
+    expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py), and at its steps
+    validation_loss, validation_perplexity and validation_seconds (training/validation.py), whose time is in no speed.
     """
 
     def __init__(
@@ -90,13 +91,22 @@ class Metrics:
         self.interval_steps += 1
 
     def log(
-        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int, experts: dict | None = None
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens_seen: int,
+        experts: dict | None = None,
+        validation: dict | None = None,
     ) -> None:
         """Reports a step. The caller has read loss from the device, so that the clock sees finished work. experts: what
-        `training/balance.py` reports, a list by layer each."""
+        `training/balance.py` reports, a list by layer each; validation: what `training/validation.py` does."""
         if not self.is_writer:
             return
-        seconds = time.perf_counter() - self.interval_start
+        validation = validation or {}
+        seconds = time.perf_counter() - self.interval_start - validation.get("validation_seconds", 0.0)
         tokens_per_second = self.interval_tokens / seconds
         flops = self.flops_per_token * tokens_per_second / self.num_devices
         row = dict(
@@ -112,6 +122,7 @@ class Metrics:
             memory_gib=peak_memory_gib(self.device),
             seconds=seconds / self.interval_steps,
             **(experts or {}),
+            **validation,
         )
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -131,9 +142,10 @@ class Metrics:
     def _line(self, row: dict) -> str:
         left = timedelta(seconds=round(row["seconds"] * (self.total_steps - row["step"])))
         load = f"  expert load {max(row['expert_load']):.2f}" if "expert_load" in row else ""
+        held_out = f"  validation {row['validation_loss']:7.4f}" if "validation_loss" in row else ""
         mfu = f"  mfu {row['mfu']:5.1%}" if row["mfu"] is not None else ""
         return (
-            f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:7.4f}  "
+            f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:7.4f}{held_out}  "
             f"grad norm {row['grad_norm']:8.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:>9,.0f} tokens/s  "
             f"{row['tflops']:7.2f} TFLOP/s{mfu}  {row['memory_gib']:6.2f} GiB{load}  left {left}"
         )

@@ -1,0 +1,93 @@
+"""Documents side by side in a sequence: each is trained on as if it were alone."""
+
+import json
+
+import pytest
+import torch
+from layouts import V3
+from runs import TINY
+from test_data import BYTE
+
+from config import load_config
+from data import build_dataset
+from model import IGNORE_INDEX, Transformer, further_tokens
+from train import model_args_of
+
+WITHOUT_BALANCE = V3 | {"model.balance_loss_weight": "0", "model.n_mtp_layers": "2"}  # that loss is of whole sequences
+
+
+def model_of(settings: dict[str, str]) -> Transformer:
+    arguments = {name: value for name, value in (TINY | settings).items() if name.startswith("model.")}
+    torch.manual_seed(0)
+    model = Transformer(model_args_of(load_config([f"--{name}={value}" for name, value in arguments.items()])))
+    model.double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def packed_dataset(folder, texts: list[str], seq_len: int, packing: str = "documents"):
+    path = folder / "texts.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return build_dataset("text", str(path), BYTE, seq_len=seq_len, seed=0, packing=packing, cache_folder=folder)
+
+
+def test_a_packed_sample(tmp_path):
+    """Positions restart with each document, and each has a number; what a window cuts off begins a new one."""
+    dataset = packed_dataset(tmp_path, ["hi", "you", "", "long text"], seq_len=8)
+    samples = sorted([dataset[i] for i in range(len(dataset))], key=lambda sample: sample["tokens"][0] != 256)
+    assert len(samples) == 2 and all(tensor.dtype == torch.int64 for s in samples for tensor in s.values())
+    assert samples[0]["tokens"].tolist() == [256, *b"hi", 257, 256, *b"you"]
+    assert samples[0]["labels"].tolist() == [*b"hi", 257, -100, *b"you", 257]
+    assert samples[0]["positions"].tolist() == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert samples[0]["documents"].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert samples[1]["tokens"].tolist() == [257, 256, *b"long t"]  # the end of "you" alone, then another
+    assert samples[1]["positions"].tolist() == [0, *range(7)]
+    assert samples[1]["documents"].tolist() == [0] + [1] * 7
+    plain = packed_dataset(tmp_path, ["hi", "you", "", "long text"], 8, "concat")[0]
+    assert "documents" not in plain and plain["positions"].tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("settings", [{}, WITHOUT_BALANCE], ids=["grouped queries", "latent attention, experts, MTP"])
+def test_packed_equals_each_document_alone(settings, tmp_path):
+    """The loss, every gradient, and which expert gets how many tokens, are sums over the documents, each trained on
+    alone."""
+    texts = ["one", "a second, longer one", "", "and the third", "x", "the last is cut off by the window's end"]
+    dataset = packed_dataset(tmp_path, texts, seq_len=64)
+    sample = dataset[0]
+    assert sample["documents"].max() == 4
+    whole, alone = model_of(settings), model_of(settings)
+    depth = whole.args.n_mtp_layers
+
+    def train(model, batch):
+        inputs = batch | (further_tokens(batch["tokens"], batch["labels"], depth) if depth else {})
+        loss = model(inputs.pop("tokens"), **inputs)
+        loss.backward()
+        return loss.item()
+
+    loss = train(whole, {name: tensor[None] for name, tensor in sample.items()})
+    losses = []
+    for number in range(5):
+        here = sample["documents"] == number
+        document = {name: sample[name][here][None] for name in ("tokens", "labels")}
+        losses.append(train(alone, document | {"positions": torch.arange(int(here.sum()))[None]}))
+    assert loss == pytest.approx(sum(losses), rel=1e-12) and (sample["labels"] == IGNORE_INDEX).sum() == 4
+    for (name, parameter), other in zip(whole.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    for (name, buffer), other in zip(whole.named_buffers(), alone.buffers(), strict=True):
+        assert torch.equal(buffer, other), name
+
+
+def test_concat_is_another_model(tmp_path):
+    """What makes the test above strict: without the mask, or with positions of the window, the loss is another one."""
+    texts = ["one", "a second, longer one", "and the third one is long enough for the window"]
+    batch = {name: tensor[None] for name, tensor in packed_dataset(tmp_path, texts, 64)[0].items()}
+    model = model_of({})
+
+    def loss(**change):
+        inputs = batch | change
+        return model(inputs["tokens"], inputs["positions"], inputs["labels"], documents=inputs["documents"]).item()
+
+    assert abs(loss() / loss(documents=None) - 1) > 1e-4
+    assert abs(loss() / loss(positions=torch.arange(64)[None]) - 1) < 1e-9  # RoPE sees differences of positions only
+    assert loss(documents=torch.zeros(1, 64, dtype=torch.int64)) == pytest.approx(loss(documents=None), rel=1e-12)

@@ -1,0 +1,314 @@
+"""Corpora on disk: made in parallel and in spite of kills, opened without being read, read without being trusted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from test_data import BYTE, text_dataset
+
+from data import build_dataset, build_loader, build_tokenizer
+from data.dataset import TokenDataset
+from data.prepare import prepare
+from data.shards import BLOCK_BYTES, Corpus, Index, Shard, read_index, shard_path, verify
+from data.sources import build_source
+
+UNIT = 10_000  # bytes of text a shard
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """About 100 KB of documents, some longer than a shard's text."""
+    folder = tmp_path_factory.mktemp("texts")
+    lines = [
+        json.dumps({"text": f"document {i} " + "many words " * (i % 40) * (1 + 30 * (i == 77))}) for i in range(400)
+    ]
+    (folder / "a.jsonl").write_text("\n".join(lines))
+    (folder / "b.txt").write_text("one more")
+    return folder
+
+
+def command(texts, output, *more: str) -> list[str]:
+    options = ["--path", str(texts), "--tokenizer", "byte", "--output", str(output), "--unit_bytes", str(UNIT), *more]
+    return [sys.executable, "scripts/prepare_data.py", *options]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def corpus(texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    prepare(build_source("text", str(texts)), BYTE, folder, unit_bytes=UNIT)
+    return folder
+
+
+# ---------------------------------------------------------------------------------- what is written
+
+
+def test_stream(tmp_path):
+    """The stream is bos, ids, eos of each document in order; without a bos token just ids and eos."""
+    (tmp_path / "a.jsonl").write_text('{"text": "hi"}\n{"text": "you"}\n')
+    source = build_source("text", str(tmp_path / "*.jsonl"))
+    corpus = Corpus(prepare(source, BYTE, tmp_path / "cache"))
+    tokens = corpus.read(0, corpus.num_tokens)
+    assert tokens.dtype == np.uint16 and tokens.tolist() == [256, *b"hi", 257, 256, *b"you", 257]
+    assert (corpus.num_tokens, corpus.num_documents, corpus.text_bytes) == (9, 2, 5)
+
+    no_bos = build_tokenizer("byte")
+    no_bos.bos_id, no_bos.vocab_size = None, 70_000
+    corpus = Corpus(prepare(source, no_bos, tmp_path / "cache32"))
+    tokens = corpus.read(0, corpus.num_tokens)
+    assert tokens.dtype == np.uint32 and tokens.tolist() == [*b"hi", 257, *b"you", 257]
+
+
+def test_shards_are_one_stream(texts, corpus, tmp_path):
+    """Cut in many shards or in one, the stream is the same, wherever it is read."""
+    whole = Corpus(prepare(build_source("text", str(texts)), BYTE, tmp_path))
+    parts = Corpus(corpus)
+    assert len(parts.index.shards) > 8 and len(whole.index.shards) == 1
+    assert any(shard.num_tokens * 2 > BLOCK_BYTES for shard in parts.index.shards)
+    stream = whole.read(0, whole.num_tokens)
+    assert parts.num_tokens == len(stream) and parts.num_documents == 401
+    rng = np.random.default_rng(0)
+    for start, count in zip(rng.integers(0, len(stream), 200), rng.integers(1, 30_000, 200), strict=True):
+        count = min(int(count), len(stream) - int(start))
+        assert np.array_equal(parts.read(int(start), count), stream[start : start + count])
+    assert len(os.listdir("/proc/self/fd")) < 200
+
+
+def test_processes_make_the_same(texts, corpus, tmp_path):
+    """Byte for byte, however many; the command says what there is, and nothing is left beside the corpus."""
+    done = run(command(texts, tmp_path / "out", "--processes", "2"))
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "out") == files_of(corpus)
+    shards = len(read_index(corpus).shards)
+    assert f"{shards}/{shards} shards" in done.stdout and "401 documents" in done.stdout
+    done = run([sys.executable, "scripts/prepare_data.py", "--verify", str(tmp_path / "out")])
+    assert done.returncode == 0 and "every shard is as it was written" in done.stdout
+
+
+def test_killed_and_started_again(texts, corpus, tmp_path):
+    """Killed after some shards, it makes the others alone, and all is as if nothing had happened."""
+    out = tmp_path / "out"
+    process = subprocess.Popen(command(texts, out, "--processes", "1"), cwd=ROOT, start_new_session=True)
+    while len(list(out.glob("*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tokens") if path.with_suffix(".json").exists()}
+    assert len(finished) >= 3 and not (out / "index.json").exists()
+    with pytest.raises(
+        ValueError, match=r"out is no corpus: it has no index\.json; make one with scripts/prepare_data"
+    ):
+        Corpus(out)
+    (out / "00001.json").write_text("{torn")
+    assert run(command(texts, out, "--processes", "0")).returncode == 0
+    remade = [path.name for path, written in finished.items() if path.stat().st_mtime_ns != written]
+    assert remade == ["00001.tokens"]
+    assert {k: v for k, v in files_of(out).items() if not k.endswith(".tmp")} == files_of(corpus)
+
+
+def test_another_corpus_is_not_overwritten(texts, corpus, tmp_path):
+    """A folder with other data is refused; so are a wrong format and what is no index."""
+    done = run(command(texts, corpus, "--unit_bytes", "999"))
+    assert done.returncode == 1 and "holds a corpus of other files" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "index.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match=r"index\.json has format 99, not 2"):
+        Corpus(tmp_path)
+    (tmp_path / "index.json").write_text("[]")
+    with pytest.raises(ValueError, match="is not a corpus' index"):
+        Corpus(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- what goes wrong with it
+
+
+def copied(corpus, folder):
+    for name, content in files_of(corpus).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_truncated_shard(texts, corpus, tmp_path):
+    """Is noticed when the corpus is opened, as is one that is missing; the same command makes just that one again."""
+    folder = copied(corpus, tmp_path)
+    path = shard_path(folder, 3)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"00003\.tokens has [\d,]+ bytes, its index says [\d,]+; start again what made"
+    ):
+        Corpus(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"00003\.tokens cannot be read: No such file or directory; start again"):
+        Corpus(folder)
+    prepare(build_source("text", str(texts)), BYTE, folder, unit_bytes=UNIT)
+    assert files_of(folder) == files_of(corpus)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_changed_shard(corpus, tmp_path, num_workers):
+    """One bit, the size kept: noticed before anything is trained on it, and by --verify, which names the shard. Samples
+    of other blocks are read."""
+    folder = copied(corpus, tmp_path)
+    content = bytearray(shard_path(folder, 3).read_bytes())
+    content[1001] ^= 4
+    shard_path(folder, 3).write_bytes(content)
+    changed = Corpus(folder)
+    start = changed.ends[2] + 500
+    changed.read(0, 64)
+    dataset = TokenDataset([changed], seq_len=64, seed=0)
+    loader = build_loader(
+        dataset, global_batch_size=8, local_batch_size=4, data_rank=0, data_ranks=1, num_workers=num_workers
+    )
+    with pytest.raises(ValueError) as error:
+        for _ in range(len(dataset) // 8 + 1):
+            next(loader)
+    assert "00003.tokens has changed since it was written (around byte" in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"00003\.tokens has changed"):
+        changed.read(start, 1)
+    assert [line.split(":")[0] for line in verify(folder)] == [str(shard_path(folder, 3))]
+    done = run([sys.executable, "scripts/prepare_data.py", "--verify", str(folder)])
+    assert done.returncode == 1 and "00003.tokens: SHA-256" in done.stderr
+
+
+def test_shard_that_shrinks_while_it_is_read(corpus, tmp_path):
+    """Is an error that names it, not the end of the process."""
+    folder = copied(corpus, tmp_path)
+    opened = Corpus(folder)
+    opened.read(0, 10)
+    os.truncate(shard_path(folder, 0), 100)
+    with pytest.raises(ValueError, match=r"00000\.tokens has changed"):
+        opened.read(0, 10)
+
+
+# ---------------------------------------------------------------------------------- text that a run tokenises itself
+
+
+def test_cache_is_found_and_follows_its_inputs(tmp_path):
+    """The same inputs are tokenised once; another tokenizer or text gives another folder and fingerprint."""
+
+    def build(tokenizer):
+        return build_dataset("text", f"{tmp_path}/texts", tokenizer, seq_len=4, seed=0, cache_folder=cache)
+
+    def folder(dataset):
+        return dataset.corpora[0].folder
+
+    cache = tmp_path / "cache"
+    first = text_dataset(tmp_path, "some text, long enough")
+    written = (folder(first) / "00000.tokens").stat().st_mtime_ns
+    again = build(BYTE)
+    assert folder(again) == folder(first) and (folder(first) / "00000.tokens").stat().st_mtime_ns == written
+    assert again.fingerprint == first.fingerprint
+    bpe = build(build_tokenizer("bpe_4096"))
+    other = text_dataset(tmp_path, "some text, long_enough")
+    assert len({folder(d) for d in (first, bpe, other)}) == 3
+    assert len({first.fingerprint, bpe.fingerprint, other.fingerprint}) == 3
+    assert sorted(os.listdir(cache)) == sorted(folder(d).name for d in (first, bpe, other))
+    assert sorted(os.listdir(folder(first))) == ["00000.tokens", "index.json"]
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+@pytest.mark.parametrize("name", ["00000.tokens", "index.json"])
+def test_torn_cache_is_rebuilt(tmp_path, keep, name):
+    """A cached shard cut anywhere is made again, to the same bytes; an index that is no index is an error."""
+    path = text_dataset(tmp_path).corpora[0].folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    if name == "index.json":
+        with pytest.raises(ValueError, match="is not a corpus' index; prepare the corpus again"):
+            build_again(tmp_path)
+        return
+    build_again(tmp_path)
+    assert path.read_bytes() == whole
+
+
+def build_again(folder):
+    build_dataset("text", str(folder / "texts"), BYTE, seq_len=8, seed=0, cache_folder=folder / "cache")
+
+
+def test_failed_writer_leaves_no_corpus(tmp_path):
+    """A document that cannot be read, or no text at all, is an error and leaves nothing that would be used."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("fine")
+    (tmp_path / "texts/b.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
+        text_dataset(tmp_path)
+    assert not [name for *_, names in os.walk(tmp_path / "cache") for name in names]
+    (tmp_path / "texts/b.txt").unlink()
+    (tmp_path / "texts/a.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no text in the 1 file\(s\) of .*texts: nothing, or only empty documents"):
+        build_again(tmp_path)
+    assert not list((tmp_path / "cache").glob("*/index.json"))
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    """A cache folder that cannot be one is the user's error, in one line."""
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match=r"/cache/\w+ cannot be used: Not a directory\.$"):
+        text_dataset(tmp_path)
+
+
+# ---------------------------------------------------------------------------------- as a data set
+
+
+def test_shards_as_a_dataset(corpus, tmp_path):
+    """Read by their folder; another tokenizer than theirs, or weights that do not fit, are one line."""
+
+    def build(path=str(corpus), tokenizer=BYTE, **options):
+        return build_dataset("shards", path, tokenizer, seq_len=64, seed=0, **options)
+
+    dataset = build()
+    assert len(dataset) == (Corpus(corpus).num_tokens - 1) // 64
+    for match, arguments in (
+        ("needs data.path", dict(path="")),
+        ("nowhere is no corpus", dict(path=f"{tmp_path}/nowhere")),
+        (r"made with the tokenizer byte, .* set --data\.tokenizer byte", dict(tokenizer=build_tokenizer("bpe_4096"))),
+        (
+            r'data\.weights \("1"\) must be a positive number for each of the 2',
+            dict(path=f"{corpus},{corpus}", weights="1"),
+        ),
+        (r'data\.weights \("1,x"\)', dict(path=f"{corpus},{corpus}", weights="1,x")),
+        (r'data\.weights \("1,0"\)', dict(path=f"{corpus},{corpus}", weights="1,0")),
+    ):
+        with pytest.raises(ValueError, match=match):
+            build(**arguments)
+
+
+def test_opening_does_not_read(tmp_path):
+    """50 GB in 50 shards are opened, and samples of all read, in less than 2 seconds and little memory."""
+    tokens = 500_000_000
+    blank, rest = (zlib.crc32(bytes(n)).to_bytes(4, "little") for n in (BLOCK_BYTES, 2 * tokens % BLOCK_BYTES))
+    shard = Shard(tokens, 1, tokens, "0" * 64)
+    index = Index("", "byte", BYTE.fingerprint, 2, BYTE.eos_id, [shard] * 50)
+    for number in range(50):
+        with open(shard_path(tmp_path, number), "wb") as file:
+            file.truncate(2 * tokens)  # no block is written: zeros that take no room
+            file.seek(0, os.SEEK_END)
+            file.write(blank * (2 * tokens // BLOCK_BYTES) + rest)
+    index.write(tmp_path)
+    program = f"""
+import resource, time
+from data import build_dataset, build_tokenizer
+tokenizer, start = build_tokenizer("byte"), time.perf_counter()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+dataset = build_dataset("shards", {str(tmp_path)!r}, tokenizer, seq_len=8192, seed=0)
+opened = time.perf_counter() - start
+for i in range(300): dataset[i]
+print(opened, time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    opened, sampled, kilobytes = map(float, done.stdout.split())
+    assert opened < 2 and sampled < 4 and kilobytes < 50_000

@@ -1,0 +1,166 @@
+"""Held-out loss: exact, the same number in any layout, and unnoticed by training."""
+
+import json
+import math
+
+import pytest
+import torch
+from layouts import layout
+from runs import TINY, argv, options, run_command, series, train_all, train_on, write_ragged_text
+from test_data import BYTE, text_dataset
+
+from config import load_config
+from data import build_dataset
+from data.dataset import permute
+from model import Transformer
+from train import model_args_of
+
+SAMPLES = 11  # no multiple of anything
+VALIDATE = options(validation__enable="true", validation__interval="2", validation__samples=SAMPLES)
+METHOD, SCHEDULE = "parallelism__context_parallel_method", "parallelism__pipeline_parallel_schedule"
+LAYOUTS = [
+    layout(fsdp=4, accumulation=2),
+    layout(fsdp=2, cp=2, parallelism__fsdp_reshard_after_forward="never"),
+    layout(cp=2, tp=2, model="V3, documents", ep=2, **{METHOD: "latent"}),
+    layout(2, fsdp=2, model="V3, documents", ep=2),
+    layout(2, tp=2, parallelism__pipeline_parallel_microbatch_size=4),
+    layout(2, cp=2, model="4 layers", accumulation=2, **{SCHEDULE: "Interleaved1F1B"}),
+    layout(4, model="4 layers", accumulation=2),
+]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    return options(data__path=write_ragged_text(folder), data__cache_folder=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def references(text, tmp_path_factory):
+    """One process, by model: with validation, and with it at the last step only."""
+    folder = tmp_path_factory.mktemp("reference")
+    models = {made.model: made.settings() for made in LAYOUTS}
+    alone = {k: "1" for k in layout().settings() if k.startswith("parallelism.")} | options(
+        training__local_batch_size="8"
+    )
+    rarely = options(validation__interval="100")
+    runs = {}
+    for i, settings in enumerate(models.values()):
+        shape = {k: v for k, v in settings.items() if k.startswith(("model.", "data."))}
+        runs[folder / f"{i}"] = text | shape | alone | VALIDATE
+        runs[folder / f"{i} rarely"] = runs[folder / f"{i}"] | rarely
+    done = train_all(1, runs)
+    return dict(zip(models, zip(done[::2], done[1::2], strict=True), strict=True))
+
+
+@pytest.fixture(scope="module")
+def trained(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    runs = {folder / str(i): text | made.settings() | VALIDATE for i, made in enumerate(LAYOUTS)}
+    return dict(zip((made.name for made in LAYOUTS), train_all(4, runs), strict=True))
+
+
+def held_out_losses(run: dict) -> dict[int, float]:
+    return {row["step"]: row["validation_loss"] for row in run["metrics"] if "validation_loss" in row}
+
+
+@pytest.mark.parametrize("made", LAYOUTS, ids=lambda made: made.name)
+def test_the_same_number_in_any_layout(made, trained, references):
+    """At its steps alone, and the training goes on as in one process."""
+    run, (reference, _) = trained[made.name], references[made.model]
+    found, expected = held_out_losses(run), held_out_losses(reference)
+    assert list(found) == [2, 3] and found == pytest.approx(expected, rel=1e-9)
+    assert series(run, "loss") == pytest.approx(series(reference, "loss"), rel=1e-9)
+    assert series(run, "grad_norm") == pytest.approx(series(reference, "grad_norm"), rel=1e-9)
+    last = run["metrics"][-1]
+    assert last["validation_perplexity"] == pytest.approx(math.exp(last["validation_loss"]))
+
+
+@pytest.mark.parametrize("model", ["grouped", "V3, documents"])
+def test_training_does_not_notice(model, references):
+    """With and without a validation in between: losses, gradients, weights, and how many tokens an expert got, are
+    equal to the last bit."""
+    often, rarely = references[model]
+    assert list(held_out_losses(often)) == [2, 3] and list(held_out_losses(rarely)) == [3]
+    for key in ("loss", "grad_norm"):
+        assert series(often, key) == series(rarely, key)
+    for ours, theirs in zip(
+        [*often["gradients"], *often["experts"]], [*rarely["gradients"], *rarely["experts"]], strict=True
+    ):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert all(torch.equal(often["weights"][name], rarely["weights"][name]) for name in rarely["weights"])
+
+
+def test_training_does_not_notice_under_fsdp(text, tmp_path):
+    """Nor do weights that FSDP has gathered for it stay behind."""
+    settings = text | VALIDATE | layout(fsdp=2, accumulation=2).settings()
+    often, rarely = train_all(
+        2, {tmp_path / "a": settings, tmp_path / "b": settings | options(validation__interval="9")}
+    )
+    assert series(often, "loss") == series(rarely, "loss") and series(often, "grad_norm") == series(rarely, "grad_norm")
+
+
+def test_it_is_the_mean_over_tokens(text, references):
+    """Each held-out sequence alone, its losses summed, divided by all valid tokens."""
+    run, _ = references["grouped"]
+    config = load_config(argv(TINY, text))
+    model = Transformer(model_args_of(config)).double()
+    model.load_state_dict(run["weights"])
+    dataset = build_dataset(
+        "text", config.data.path, BYTE, seq_len=32, seed=0, held_out=SAMPLES, cache_folder=config.data.cache_folder
+    )
+    loss = count = 0
+    for j in range(SAMPLES):
+        sample = {name: tensor[None] for name, tensor in dataset.held_out_sample(j).items()}
+        loss += model(sample.pop("tokens"), **sample).item()
+        count += (sample["labels"] >= 0).sum().item()
+    assert count % SAMPLES != 0  # ragged
+    assert held_out_losses(run)[3] == pytest.approx(loss / count, rel=1e-12)
+
+
+def test_held_out_sequences_are_no_samples(tmp_path):
+    """Held out and samples are together each window once; the held-out ones are the same for any seed, and not all
+    from one place."""
+    text_dataset(tmp_path)
+    whole, *parts = (
+        build_dataset(
+            "text", f"{tmp_path}/texts", BYTE, seq_len=8, seed=seed, held_out=n, cache_folder=tmp_path / "cache"
+        )
+        for seed, n in ((0, 0), (0, 9), (5, 9))
+    )
+
+    def starts(samples):
+        tokens = [tuple(sample["tokens"].tolist()) for sample in samples]
+        return [windows.index(window) for window in tokens]
+
+    windows = [None] * len(whole)
+    for i in range(len(whole)):
+        windows[permute(i, len(whole), 0, 0)] = tuple(whole[i]["tokens"].tolist())
+    held_out = [starts(part.held_out_sample(j) for j in range(9)) for part in parts]
+    assert held_out[0] == held_out[1] and max(held_out[0]) - min(held_out[0]) > len(whole) // 2
+    for part in parts:
+        assert len(part) == len(whole) - 9
+        seen = starts(part[i] for i in range(len(part)))
+        assert sorted(seen + held_out[0]) == list(range(len(whole)))
+    with pytest.raises(ValueError, match=r"validation\.samples \(99\) would hold out more than half of the data"):
+        build_dataset(
+            "text", f"{tmp_path}/texts", BYTE, seq_len=8, seed=0, held_out=99, cache_folder=tmp_path / "cache"
+        )
+
+
+def test_data_of_its_own(text, tmp_path):
+    """Another text, of which more is asked for than there is, or that is given where it has no effect."""
+    (tmp_path / "other.jsonl").write_text(json.dumps({"text": "abc " * 200}))
+    own = options(
+        validation__enable="true",
+        validation__samples="3",
+        validation__dataset="text",
+        validation__path=tmp_path / "other.jsonl",
+    )
+    run = train_on(1, tmp_path / "run", text, own, options(training__local_batch_size="2"))
+    assert list(held_out_losses(run)) == [3]
+    arguments = argv(TINY, text, own, options(validation__samples="99", job__dump_folder=tmp_path / "b"))
+    ended_well, lines = run_command(1, arguments, tmp_path)
+    assert not ended_well and "validation.samples (99) is more than there are: use at most 25." in lines[-1]
+    with pytest.raises(ValueError, match=r"validation\.interval has no effect without validation\.enable true"):
+        load_config(["--validation.interval", "5"])
