@@ -1,29 +1,20 @@
 """The balance between experts: what the bias brings about, how it is counted, and what is told of it."""
 
-import json
-import random
-
 import pytest
 import torch
 import torch.distributed as dist
 from layouts import MODELS
 from ranks import run_ranks
-from runs import TINY, argv, options, read_metrics, train_on, write_ragged_text
+from runs import options, train_on, write_ragged_text
 from torch.distributed.device_mesh import init_device_mesh
 
 from model import ModelArgs, Transformer
 from parallelize import init_weights
 from parallelize.activation import apply_activation_checkpoint
+from scripts.plot_balance import arguments, loads, write_skewed_text
 from training.balance import ExpertBalance
 from training.metrics import Metrics
 
-SMALL = options(  # three mixtures: two blocks and that of multi-token prediction
-    model__dim=32, model__n_heads=4, model__n_kv_heads=2, model__ffn_dim=48, model__n_experts=4,
-    model__n_experts_per_token=1, model__moe_ffn_dim=16, model__score_function="sigmoid", model__n_mtp_layers=1,
-    model__expert_bias_speed=0.003, training__dtype="float32", training__mixed_precision_param="float32",
-    training__mixed_precision_reduce="float32", training__steps=200, training__seq_len=64,
-    training__local_batch_size=8, optimizer__lr=0.002, lr_scheduler__warmup_steps=10, lr_scheduler__decay_ratio=1.0,
-)  # fmt: skip
 ARGS = ModelArgs(
     dim=16, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=24, vocab_size=32, n_experts=4, n_experts_per_token=2,
     moe_ffn_dim=8, n_dense_layers=1, expert_bias=True, expert_bias_speed=0.25, n_mtp_layers=1,
@@ -41,22 +32,13 @@ def test_the_bias_balances_a_skewed_stream(tmp_path):
     """On words of very uneven frequency a few experts take nearly all tokens. With the bias, in 200 steps, the busiest
     expert of no layer has more than 1.3 times its share, as a mean over the last 20; without, it has more than
     twice its share in every layer."""
-    choose = random.Random(0)
-    words = ["".join(choose.choices("abcdefghijklmnop", k=choose.choice((2, 3, 4, 6)))) for _ in range(60)]
-    frequencies = [1 / (i + 1) for i in range(60)]
-    path = tmp_path / "skewed.jsonl"
-    path.write_text(
-        "\n".join(json.dumps({"text": " ".join(choose.choices(words, weights=frequencies, k=100))}) for _ in range(300))
-    )
-    load = {}
-    for bias in ("false", "true"):
-        folder = tmp_path / bias
-        run = options(data__path=path, data__cache_folder=tmp_path / "cache", job__dump_folder=folder)
-        run_ranks(1, _train, argv(TINY, SMALL, run, options(model__expert_bias=bias)))
-        last = [row["expert_load"] for row in read_metrics(folder)[-20:]]
+    text, load = write_skewed_text(tmp_path / "skewed.jsonl"), {}
+    for bias in (False, True):
+        run_ranks(1, _train, arguments(bias, tmp_path / str(bias), text))
+        last = loads(tmp_path / str(bias))[-20:]
         load[bias] = [sum(of_layer) / len(last) for of_layer in zip(*last, strict=True)]
-    assert len(load["true"]) == 3 and max(load["true"]) < 1.3, load
-    assert min(load["false"]) > 2, load
+    assert len(load[True]) == 3 and max(load[True]) < 1.3, load
+    assert min(load[False]) > 2, load
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 Balancing without a loss (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437, section 2.1.2): an expert
 that got more tokens than the mean in this step loses a little of its bias, one that got fewer gains as much. The bias
 decides which experts are chosen and nothing else, so it has no gradient.
+
+Proof: tests/test_balance.py, drawn by scripts/plot_balance.py; the bytes: tests/test_communication_of_mixtures.py.
 """
 
 import torch
