@@ -134,9 +134,11 @@ class Data:
         "concat", "documents in a sequence: one text, or each on its own (no attention across, positions from 0)"
     )
     text_key: str = option("text", "the field of a .jsonl line, or .parquet row, that holds the text")
-    tokenizer: str = option("bpe_4096", '"bpe_4096", "byte", a tiktoken encoding\'s name, or a tokenizer.model file')
+    tokenizer: str = option(
+        "bpe_4096", '"bpe_4096", "byte", a tiktoken encoding\'s name, or a tokenizer.model or .json'
+    )
     cache_folder: str = option("outputs/cache", "where tokenised data is kept")
-    num_workers: int = option(0, "processes a rank that fetch ahead; 0: none", 0)
+    num_workers: int = option(1, "processes a rank that fetch ahead; 0: none, it fetches when it needs", 0)
 
 
 @dataclass

@@ -190,7 +190,7 @@ def main(config: Config) -> None:
         # ------------------------------------------------------------------------------- everything else
         tokens = global_batch_size * training.seq_len
         tokens_seen += tokens
-        metrics.count(tokens)
+        metrics.count(tokens, loader.take_seconds_waited())
         held_out = validation.run(step) if validation else {}
         if metrics.is_log_step(step) or held_out:
             mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()

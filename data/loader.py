@@ -26,7 +26,7 @@ class Loader:
 
     next() gives one optimizer step: a list of microbatches, each {name: [local_batch_size, seq_len] int64}
     with the names of TokenDataset's samples. samples_consumed counts the samples, of all ranks, of the steps
-    handed out; seconds_waited is how long next() took in all: what training has waited for data.
+    handed out.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Loader:
         samples_consumed: int,
         num_workers: int,
     ) -> None:
-        self.samples_consumed, self.seconds_waited = samples_consumed, 0.0
+        self.samples_consumed, self._seconds_waited = samples_consumed, 0.0
         self._dataset, self._num_workers = dataset, num_workers
         self._global_batch_size, self._local_batch_size = global_batch_size, local_batch_size
         self._rank_batch_size, self._rank_offset = rank_batch_size, data_rank * rank_batch_size
@@ -54,12 +54,17 @@ class Loader:
         if self._batches is None:
             self._batches = self._start()
         microbatches = next(self._batches)
-        self.seconds_waited += time.perf_counter() - start
+        self._seconds_waited += time.perf_counter() - start
         if isinstance(microbatches, ValueError):
             raise ValueError(str(microbatches))
         # Counted here, where a step is handed out: workers are already fetching the steps after it.
         self.samples_consumed += self._global_batch_size
         return microbatches
+
+    def take_seconds_waited(self) -> float:
+        """How long next() took in all since this was asked the last time: what training has waited for data."""
+        waited, self._seconds_waited = self._seconds_waited, 0.0
+        return waited
 
     def state_dict(self) -> dict[str, int]:
         # Not StatefulDataLoader's own, which holds a part for each worker and is bound to their number.

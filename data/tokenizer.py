@@ -97,10 +97,7 @@ class Tokenizer:
         return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> np.ndarray:
-        try:
-            return self._encoding.encode_to_numpy(piece, disallowed_special=())
-        except UnicodeEncodeError:  # half of a surrogate pair, as JSON's \ud83d alone: it is no character
-            return self._encode_piece(piece.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        return self._encoding.encode_to_numpy(without_surrogates(piece), disallowed_special=())
 
     def _bytes_of(self, token: int) -> bytes:
         try:
@@ -115,7 +112,8 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
     "byte" is the 256 bytes, bos and eos. "bpe_4096" is shipped: exactly 4096 ids, trained on Python source
     text by scripts/train_tokenizer.py. A file of 128,000 ranks is Llama 3's tokenizer.model and gets its 256
     special tokens; any other file gets Llama 3's split pattern, and bos and eos as the two ids after its
-    ranks. A folder stands for the tokenizer.model in it.
+    ranks. A Hugging Face folder's tokenizer.json is read by data/hf_tokenizer.py. A folder stands for the one
+    of the two in it.
 
     Raises ValueError, one line, for an unknown name, a file that is missing or no tiktoken file, and for a
     tiktoken encoding that is not on this machine and cannot be downloaded.
@@ -133,6 +131,10 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
             raise ValueError(_unknown(name_or_path, tiktoken.list_encoding_names()))
         if path.is_dir():
             path = _tokenizer_file(path)
+        if path.suffix == ".json":
+            from data.hf_tokenizer import HFTokenizer  # which is one of these
+
+            return HFTokenizer(name_or_path, path)
     ranks = read_ranks(path)
     names = LLAMA3_SPECIALS if len(ranks) == LLAMA3_NUM_RANKS else [BOS, EOS]
     return Tokenizer(name_or_path, ranks, LLAMA3_PATTERN, {s: len(ranks) + i for i, s in enumerate(names)})
@@ -157,7 +159,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     except (ValueError, binascii.Error):
         raise ValueError(
             f"tokenizer {path}, line {number}: not tiktoken's format, lines of `base64(token) rank` with "
-            "ranks 0, 1, 2, ...; SentencePiece models and tokenizer.json are not supported."
+            "ranks 0, 1, 2, ...; SentencePiece models are not supported."
         ) from None
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
@@ -166,6 +168,15 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             f"{missing[0]}), so not every text could be encoded; is the file complete?"
         )
     return ranks
+
+
+def without_surrogates(text: str) -> str:
+    """text with U+FFFD for each half of a surrogate pair, as JSON's \\ud83d alone: it is no character."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _pieces(text: str) -> Iterable[str]:
@@ -197,12 +208,11 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
 
 
 def _tokenizer_file(folder: Path) -> Path:
-    file = folder / "tokenizer.model"
-    if not file.is_file():
-        original = folder / "original"  # where Hugging Face's copies of Llama 3 have it
-        hint = f"use {original}." if (original / file.name).is_file() else "tokenizer.json is not supported."
-        raise ValueError(f"tokenizer {folder} is a folder without a tokenizer.model in it; {hint}")
-    return file
+    # First Hugging Face's: a tokenizer.model beside it may be SentencePiece's. original/ is in their copies of Llama 3.
+    for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model"):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"tokenizer {folder} is a folder without a tokenizer.json or tokenizer.model in it.")
 
 
 def _unknown(name: str, encodings: list[str]) -> str:

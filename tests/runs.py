@@ -19,6 +19,7 @@ TINY = {
     "training.dtype": "float64", "training.mixed_precision_param": "float64",
     "training.mixed_precision_reduce": "float64", "training.global_batch_size": "8", "training.steps": "3",
     "training.max_norm": "0.5", "optimizer.lr": "0.01", "metrics.log_freq": "1", "job.device": "cpu",
+    "data.num_workers": "0",
 }  # fmt: skip
 
 

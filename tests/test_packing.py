@@ -1,6 +1,7 @@
 """Documents side by side in a sequence: each is trained on as if it were alone."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from test_data import BYTE
 
 from config import load_config
 from data import build_dataset
-from model import IGNORE_INDEX, Transformer, further_tokens
+from model import IGNORE_INDEX, Transformer, attention, further_tokens
+from model.attention import BlockMask, CoreAttention, DocumentMask
+from parallelize.context import PartOfDocumentMask
 from train import model_args_of
 
 WITHOUT_BALANCE = V3 | {"model.balance_loss_weight": "0", "model.n_mtp_layers": "2"}  # that loss is of whole sequences
@@ -91,3 +94,41 @@ def test_concat_is_another_model(tmp_path):
     assert abs(loss() / loss(documents=None) - 1) > 1e-4
     assert abs(loss() / loss(positions=torch.arange(64)[None]) - 1) < 1e-9  # RoPE sees differences of positions only
     assert loss(documents=torch.zeros(1, 64, dtype=torch.int64)) == pytest.approx(loss(documents=None), rel=1e-12)
+
+
+def heads(dtype=torch.float32, device="cpu"):
+    """q, k, v of two sequences of 48 tokens, four heads in two groups, v narrower than q; numbers of documents."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, 48, 4, 32), (2, 48, 2, 32), (2, 48, 2, 16))
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    ends = torch.rand(2, 48, generator=generator) < 0.2
+    qkv = [x.to(device, dtype).requires_grad_() for x in (q, k, v)]
+    return qkv, ends.cumsum(1).to(device)
+
+
+def test_blocks_are_the_same_mask(monkeypatch):
+    """FlexAttention's forward with the block mask equals the explicit mask's, for all queries and for those of a
+    context rank. (Uncompiled: on CPUs it has no backward.)"""
+    monkeypatch.setattr(attention, "compiled", lambda function: function)
+    qkv, documents = heads()
+    q, k, v = (x.detach() for x in qkv)
+    mesh = SimpleNamespace(size=lambda: 3, get_local_rank=lambda: 1)
+    core = CoreAttention(scale=0.3)
+    for part in (DocumentMask(), PartOfDocumentMask(mesh, 48)):
+        q_here = q[:, part.queries(48, q.device)]
+        explicit, blocks = (part(documents, as_blocks) for as_blocks in (False, True))
+        assert isinstance(blocks, BlockMask) and explicit.shape == (2, 1, q_here.size(1), 48)
+        torch.testing.assert_close(core(q_here, k, v, blocks), core(q_here, k, v, explicit))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
+def test_blocks_have_the_same_gradients():
+    """Compiled on a GPU, FlexAttention's result and gradients equal the explicit mask's."""
+    results = []
+    for as_blocks in (False, True):
+        (q, k, v), documents = heads(device="cuda")
+        out = CoreAttention(scale=0.3)(q, k, v, DocumentMask()(documents, as_blocks))
+        out.square().sum().backward()
+        results.append((out, q.grad, k.grad, v.grad))
+    for explicit, blocks in zip(*results, strict=True):
+        torch.testing.assert_close(blocks, explicit, rtol=1e-2, atol=1e-2)  # TF32 in its kernel

@@ -234,3 +234,26 @@ def test_default_data(tmp_path):
     assert int(tokens.max()) == tokenizer.eos_id and len(np.unique(tokens)) > 3500
     documents = Counter(tokens[tokens >= tokenizer.bos_id].tolist())
     assert set(documents.values()) == {corpus.num_documents}
+
+
+class SlowDataset:
+    seq_len = 8
+
+    def __getitem__(self, i):
+        time.sleep(0.02)
+        return {"tokens": torch.full((8,), i)}
+
+
+def test_waiting_is_measured():
+    """Data that is too slow shows as time waited; a worker that runs ahead while training is busy takes it away."""
+    waited = {}
+    for num_workers in (0, 1):
+        loader = loader_of(SlowDataset(), global_batch_size=4, local_batch_size=4, num_workers=num_workers)
+        take(loader, 1)
+        loader.take_seconds_waited()
+        for _ in range(3):
+            time.sleep(0.3)  # training
+            take(loader, 1)
+        waited[num_workers] = loader.take_seconds_waited()
+        assert loader.take_seconds_waited() == 0
+    assert waited[0] > 0.24 and waited[1] < waited[0] / 2

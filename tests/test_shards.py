@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT
+from runs import TINY, argv, run_command
 from test_data import BYTE, text_dataset
 
 from data import build_dataset, build_loader, build_tokenizer
@@ -136,6 +137,7 @@ def test_another_corpus_is_not_overwritten(texts, corpus, tmp_path):
 
 
 def copied(corpus, folder):
+    folder.mkdir(exist_ok=True)
     for name, content in files_of(corpus).items():
         (folder / name).write_bytes(content)
     return folder
@@ -182,6 +184,19 @@ def test_changed_shard(corpus, tmp_path, num_workers):
     assert [line.split(":")[0] for line in verify(folder)] == [str(shard_path(folder, 3))]
     done = run([sys.executable, "scripts/prepare_data.py", "--verify", str(folder)])
     assert done.returncode == 1 and "00003.tokens: SHA-256" in done.stderr
+
+
+def test_a_run_on_a_changed_shard(corpus, tmp_path):
+    """Ends with one line that names it, on two ranks whose workers read ahead."""
+    folder = copied(corpus, tmp_path / "changed")
+    content = bytearray(shard_path(folder, 0).read_bytes())
+    content[::BLOCK_BYTES] = bytes(255 - b for b in content[::BLOCK_BYTES])
+    shard_path(folder, 0).write_bytes(content)
+    data = {"data.dataset": "shards", "data.path": str(folder), "data.num_workers": "1", "training.steps": "99"}
+    arguments = argv(TINY, data, {"job.dump_folder": str(tmp_path / "run"), "training.local_batch_size": "4"})
+    ended_well, lines = run_command(2, arguments, tmp_path)
+    assert not ended_well and "00000.tokens has changed since it was written" in lines[-1], lines
+    assert "Traceback" not in "\n".join(lines)
 
 
 def test_shard_that_shrinks_while_it_is_read(corpus, tmp_path):

@@ -3,7 +3,9 @@ BPE.
 """
 
 import base64
+import json
 import random
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -149,10 +151,10 @@ def test_errors(tmp_path):
     """A wrong name or file is one line with what is wrong and what is valid."""
     assert 'did you mean "bpe_4096"? Valid are byte, bpe_4096, gpt2' in error_of("bpe_4069")
     assert "no such file" in error_of(tmp_path / "none.model")
-    assert "a folder without a tokenizer.model" in error_of(tmp_path)
+    assert "a folder without a tokenizer.json or tokenizer.model" in error_of(tmp_path)
     (tmp_path / "original").mkdir()
     (tmp_path / "original/tokenizer.model").touch()
-    assert f"use {tmp_path}/original." in error_of(tmp_path)
+    assert f"tokenizer {tmp_path}/original/tokenizer.model: 256 of the 256 single bytes" in error_of(tmp_path)
     for content in (b"\x0a\x0e\x0a\x05", b'{"model": 1}\n', b"YQ== 0\nYQ== 1\n", b"YQ== 7\n", b"YQ= 0\n"):
         (tmp_path / "bad.model").write_bytes(content)
         assert "not tiktoken's format" in error_of(tmp_path / "bad.model")
@@ -206,3 +208,59 @@ def test_train_script(tmp_path):
         train_main([*options, "--vocab_size", "4096"])
     with pytest.raises(ValueError, match="must be at least 258"):
         train_main([*options, "--vocab_size", "200"])
+
+
+# ---------------------------------------------------------------------------------- tokenizer.json
+
+
+@pytest.fixture
+def hf_folder(tmp_path):
+    """A folder as of DeepSeek or Llama on Hugging Face, with a small byte-level BPE."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<begin>", "<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    made.train_from_iterator(["some text to learn some merges from", "and some more text"] * 20, trainer)
+    made.save(str(tmp_path / "tokenizer.json"))
+    # As in DeepSeek's folder, a token with its properties, and as in Llama's, its name alone.
+    config = {"bos_token": {"content": "<begin>", "lstrip": False}, "eos_token": "<end>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_tokenizer_json(hf_folder):
+    """A Hugging Face folder, or its tokenizer.json, is read by their library: round trips, no special tokens made from
+    text, the same alone and in a batch."""
+    folder, file = build_tokenizer(str(hf_folder)), build_tokenizer(str(hf_folder / "tokenizer.json"))
+    assert folder.fingerprint == file.fingerprint != build_tokenizer("byte").fingerprint
+    assert (folder.bos_id, folder.eos_id) == (0, 1) and folder.vocab_size <= 300
+    for text in ("some more text", "höher <end> \ud83d alone", "", " leading and trailing "):
+        ids = folder.encode(text)
+        assert folder.decode(ids) == text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        assert not {folder.bos_id, folder.eos_id} & set(ids)
+        assert folder.encode_batch([text, "x"])[0].tolist() == ids
+    assert len(folder.encode("some text")) < 5
+
+
+def test_tokenizer_json_errors(hf_folder, monkeypatch):
+    """What is missing is one line: the library, the token that ends documents, a file that is whole."""
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json is read with Hugging Face's tokenizers: pip install tokenizers"
+    ):
+        build_tokenizer(str(hf_folder))
+    monkeypatch.undo()
+    (hf_folder / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json names no eos_token, which ends each document"):
+        build_tokenizer(str(hf_folder))
+    (hf_folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json, which says .*, cannot be read: No such file"):
+        build_tokenizer(str(hf_folder / "tokenizer.json"))
+    (hf_folder / "tokenizer.json").write_text("{torn")
+    with pytest.raises(ValueError, match=r"tokenizer .*tokenizer\.json: not such a file, or not a whole one"):
+        build_tokenizer(str(hf_folder))

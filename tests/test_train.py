@@ -182,11 +182,11 @@ def test_torchrun_and_the_saved_config(text, tmp_path):
     printed = subprocess.run(command + arguments, capture_output=True, text=True, check=True)
     lines = [line for line in printed.stdout.splitlines() if line.startswith("step")]
     line = r"step \d/3  loss +\d+\.\d{4}  grad norm +\d+\.\d{4}  lr \d\.\d\de-\d\d  +[\d,]+ tokens/s  "
-    line += r"+[\d.]+ TFLOP/s  +[\d.]+ GiB  left \d+:\d\d:\d\d"
+    line += r"+[\d.]+ TFLOP/s  +[\d.]+ GiB(  waits for data \d+%)?  left \d+:\d\d:\d\d"
     assert len(lines) == 3 and all(re.fullmatch(line, printed_line) for printed_line in lines), printed.stdout
     rows = read_metrics(tmp_path / "run")
     keys = ["step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "tokens_per_second_per_device"]
-    assert list(rows[0]) == [*keys, "tflops", "mfu", "memory_gib", "seconds"]
+    assert list(rows[0]) == [*keys, "tflops", "mfu", "memory_gib", "seconds", "data_seconds"]
     assert rows[0]["mfu"] is None and rows[2]["tokens_seen"] == 3 * 8 * 32
     assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
     first = exact(tmp_path)

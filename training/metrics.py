@@ -49,7 +49,8 @@ class Metrics:
     Keys of a line in metrics.jsonl: step (counted from 1), loss (nats a token), grad_norm (before clipping), lr,
     tokens_seen (since step 0, resumed runs included), tokens_per_second (of all ranks), tokens_per_second_per_device,
     tflops (model FLOPs a device a second, in 1e12), mfu (tflops / the device's peak; null if that is unknown),
-    memory_gib (rank 0's peak) and seconds (a step, the mean since the last logged one). For a mixture of experts also
+    memory_gib (rank 0's peak), seconds (a step, the mean since the last logged one) and data_seconds (those of them
+    that rank 0 waited for data; the console shows it above 5 % of the step). For a mixture of experts also
     expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py), and at its steps
     validation_loss, validation_perplexity and validation_seconds (training/validation.py), whose time is in no speed.
     """
@@ -82,11 +83,14 @@ class Metrics:
     def start(self) -> None:
         """Begins the interval over which the next logged step's speed is measured."""
         self.interval_start, self.interval_tokens, self.interval_steps = time.perf_counter(), 0, 0
+        self.interval_waited = 0.0
 
     def is_log_step(self, step: int) -> bool:
         return step % self.log_freq == 0 or step == self.total_steps or step == 1
 
-    def count(self, tokens: int) -> None:
+    def count(self, tokens: int, seconds_waited: float) -> None:
+        """A step: its tokens, and how long it has waited for them."""
+        self.interval_waited += seconds_waited
         self.interval_tokens += tokens
         self.interval_steps += 1
 
@@ -121,6 +125,7 @@ class Metrics:
             mfu=flops / self.peak_flops if self.peak_flops else None,
             memory_gib=peak_memory_gib(self.device),
             seconds=seconds / self.interval_steps,
+            data_seconds=self.interval_waited / self.interval_steps,
             **(experts or {}),
             **validation,
         )
@@ -143,11 +148,13 @@ class Metrics:
         left = timedelta(seconds=round(row["seconds"] * (self.total_steps - row["step"])))
         load = f"  expert load {max(row['expert_load']):.2f}" if "expert_load" in row else ""
         held_out = f"  validation {row['validation_loss']:7.4f}" if "validation_loss" in row else ""
+        waited = row["data_seconds"] / row["seconds"]
+        data = f"  waits for data {waited:.0%}" if waited > 0.05 else ""
         mfu = f"  mfu {row['mfu']:5.1%}" if row["mfu"] is not None else ""
         return (
             f"step {row['step']:>{len(str(self.total_steps))}}/{self.total_steps}  loss {row['loss']:7.4f}{held_out}  "
             f"grad norm {row['grad_norm']:8.4f}  lr {row['lr']:.2e}  {row['tokens_per_second']:>9,.0f} tokens/s  "
-            f"{row['tflops']:7.2f} TFLOP/s{mfu}  {row['memory_gib']:6.2f} GiB{load}  left {left}"
+            f"{row['tflops']:7.2f} TFLOP/s{mfu}  {row['memory_gib']:6.2f} GiB{load}{data}  left {left}"
         )
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class Validation:
             stage.train()
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # no backward comes that would, and the weights are about to change
+                    module.reshard()  # what was gathered: no backward comes that would free it
         loss = sum_over(torch.stack(losses).sum(), self.loss_mesh, self.pp_mesh)
         count = sum_over(torch.stack(counts).sum(), self.loss_mesh).clamp(min=1)
         mean = loss / count
