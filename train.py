@@ -18,7 +18,7 @@ STARTED = time.perf_counter()  # before torch, whose import is most of a cold st
 import torch
 import torch.distributed as dist
 
-from checkpoint import CheckpointManager, model_args_of_folder, require_same_model
+from checkpoint import CheckpointManager, FolderLock, TrainedState, model_args_of_folder, require_same_model
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
 from model import ModelArgs, Transformer, flops_per_token, further_tokens, get_flavor, num_params
@@ -58,8 +58,11 @@ def main(config: Config) -> None:
         raise ValueError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
     if config.parallelism.enable_async_tensor_parallel and device.type == "cpu":
         raise ValueError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
+    if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
+        raise ValueError('checkpoint.async_mode "async_with_pinned_mem" needs a GPU to copy from; use "async".')
     set_determinism(training.seed, training.deterministic)
     log = print if dist.get_rank() == 0 else lambda *_, **__: None
+    lock = FolderLock(config.job.dump_folder)
 
     # The ranks as a five-dimensional grid.
     mesh = build_mesh(degrees_of(config), device.type, dist.get_world_size())
@@ -107,16 +110,21 @@ def main(config: Config) -> None:
     step = tokens_seen = samples_consumed = 0
     checkpoint = CheckpointManager(
         os.path.join(config.job.dump_folder, config.checkpoint.folder),
-        parameters=parameters,
-        buffers=balance.biases,
-        optimizer=optimizer,
-        model_args=model_args,
+        trained=TrainedState(parameters, balance.biases, optimizer, model_args),
         enable=config.checkpoint.enable,
         interval=config.checkpoint.interval,
+        async_mode=config.checkpoint.async_mode,
         keep_latest_k=config.checkpoint.keep_latest_k,
+        keep_every=config.checkpoint.keep_every,
+        last_save_dtype=getattr(torch, config.checkpoint.export_dtype)
+        if config.checkpoint.last_save_model_only
+        else None,
     )
     resumed = checkpoint.load(
-        config.checkpoint.load_step, config.checkpoint.initial_load_path, config.checkpoint.initial_load_in_hf
+        config.checkpoint.load_step,
+        config.checkpoint.initial_load_path,
+        config.checkpoint.initial_load_in_hf,
+        exclude=words(config.checkpoint.exclude_from_loading),
     )
     weights_have_changed(stages, shared)
     if resumed is not None:
@@ -175,6 +183,7 @@ def main(config: Config) -> None:
         lr = learning_rate(step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
         for group in optimizer.param_groups:
             group["lr"] = lr
+        checkpoint.wait_for_staging()  # of the last save: nothing before this has changed a weight
         optimizer.step()
         optimizer.zero_grad()
         balance.update()
@@ -196,7 +205,9 @@ def main(config: Config) -> None:
             samples_consumed=loader.samples_consumed,
             order_of_data=order_of_data,
         )
+    checkpoint.close()
     metrics.close()
+    lock.close()
 
 
 def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: Mesh, device: torch.device):
@@ -236,6 +247,11 @@ def weights_have_changed(stages, shared) -> None:
     shared.copy_weight()
     for stage in stages:
         update_float8_scales(stage)
+
+
+def words(text: str) -> list[str]:
+    """What a comma-separated option lists."""
+    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def degrees_of(config: Config) -> Degrees:
@@ -280,7 +296,7 @@ def build_stages(
         report = apply_float8(
             model,
             recipe=float8.recipe,
-            skip=[pattern.strip() for pattern in float8.skip.split(",") if pattern.strip()],
+            skip=words(float8.skip),
             min_dim=float8.min_dim,
             emulate=float8.emulate,
             fsdp_all_gather=float8.enable_fsdp_float8_all_gather,

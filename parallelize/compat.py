@@ -1,15 +1,36 @@
 """Every private torch import, each with its reason and the torch versions it was tried on (2.11, 2.13)."""
 
 import torch.distributed as dist
+from torch import Tensor
 
 # The only all-to-all that autograd and the compiler understand: torch.distributed's public one is neither.
 from torch.distributed._functional_collectives import all_to_all_single_autograd
+from torch.distributed.tensor import DTensor
 
 # A parameter sharded by FSDP on top of another sharding of the same dimension has this placement on FSDP's axis, and
 # the public Shard does not cover it. Needed to know which elements a rank holds.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = ["StridedShard", "all_to_all_single_autograd", "enable_micro_pipelining", "set_activation_memory_budget"]
+__all__ = [
+    "StridedShard",
+    "all_to_all_single_autograd",
+    "default_store",
+    "dtensor_with",
+    "enable_micro_pipelining",
+    "set_activation_memory_budget",
+]
+
+
+def default_store() -> dist.Store:
+    """The store that the process group began with, through which a failing rank can still reach the others: torch keeps
+    it and has no public getter."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def dtensor_with(local: Tensor, like: DTensor) -> DTensor:
+    """A DTensor laid out as `like`, whose local part is `local` and may be on another device. DTensor.from_local would
+    move it to the mesh's device, and torch's own DefaultStager can stage only once in torch 2.11."""
+    return DTensor(local, like._spec, requires_grad=False)
 
 
 def enable_micro_pipelining(group: dist.ProcessGroup) -> None:

@@ -156,7 +156,7 @@ def test_going_back_starts_another_history(text, tmp_path):
     trained(2, tmp_path, text, SAVE, save)
     lines = trained(2, tmp_path, text, SAVE, save, options(checkpoint__load_step="2", checkpoint__keep_latest_k="0"))
     assert any("resumed at step 2" in line for line in lines)
-    names = sorted(re.sub(r"-\d{6,}", "", n) for n in os.listdir(tmp_path / "run" / "checkpoint"))
+    names = sorted(os.listdir(tmp_path / "run" / "checkpoint"))
     assert names == ["step-2", "step-4", "step-6", "superseded-step-4", "superseded-step-6"]
 
 
