@@ -38,6 +38,7 @@ class Training:
     mixed_precision_param: DType = option("bfloat16", "weights are cast to this for forward and backward")
     mixed_precision_reduce: DType = option("float32", "gradients are summed over ranks in this")
     enable_cpu_offload: bool = option(False, "keep weights and optimizer state in CPU memory, update them there")
+    max_skipped_steps: int = option(0, "steps in a row that may be skipped because their gradient is not finite", 0)
     loss_chunk_size: int = option(2048, "tokens whose logits exist at a time, to save memory; 0: all", 0)
 
 

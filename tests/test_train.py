@@ -186,7 +186,7 @@ def test_torchrun_and_the_saved_config(text, tmp_path):
     assert len(lines) == 3 and all(re.fullmatch(line, printed_line) for printed_line in lines), printed.stdout
     rows = read_metrics(tmp_path / "run")
     keys = ["step", "loss", "grad_norm", "lr", "tokens_seen", "tokens_per_second", "tokens_per_second_per_device"]
-    assert list(rows[0]) == [*keys, "tflops", "mfu", "memory_gib", "seconds"]
+    assert list(rows[0]) == [*keys, "tflops", "mfu", "memory_gib", "seconds", "skipped_steps", "failed_saves"]
     assert rows[0]["mfu"] is None and rows[2]["tokens_seen"] == 3 * 8 * 32
     assert any(name.startswith("events") for name in os.listdir(tmp_path / "run" / "tensorboard"))
     first = exact(tmp_path)

@@ -14,7 +14,7 @@ IDLE = 0.1  # an expert with less than this part of its fair share is idle; with
 
 
 class ExpertBalance:
-    """The routers of this rank's stages. Every method is a collective; all do nothing in a dense model."""
+    """The routers of this rank's stages. Every method but `forget` is a collective; all do nothing in a dense model."""
 
     def __init__(self, stages: list[nn.Module], tokens: DeviceMesh, pp: DeviceMesh):
         """tokens: all ranks that have other tokens for the same layers; pp: those with other layers."""
@@ -42,6 +42,11 @@ class ExpertBalance:
         for number, router in self.routers.items():
             if router.args.expert_bias:
                 router.expert_bias += router.args.expert_bias_speed * (1 - self.shares[number]).sign().float()
+            router.tokens_per_expert.zero_()
+
+    def forget(self) -> None:
+        """Drops the counts of a step that is skipped."""
+        for router in self.routers.values():
             router.tokens_per_expert.zero_()
 
     def report(self) -> dict[str, list[float]]:

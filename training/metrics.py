@@ -1,6 +1,7 @@
 """What a run reports: one console line, one JSON object and, if asked for, TensorBoard scalars per logged step."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -49,8 +50,9 @@ class Metrics:
     Keys of a line in metrics.jsonl: step (counted from 1), loss (nats a token), grad_norm (before clipping), lr,
     tokens_seen (since step 0, resumed runs included), tokens_per_second (of all ranks), tokens_per_second_per_device,
     tflops (model FLOPs a device a second, in 1e12), mfu (tflops / the device's peak; null if that is unknown),
-    memory_gib (rank 0's peak) and seconds (a step, the mean since the last logged one). For a mixture of experts also
-    expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py).
+    memory_gib (rank 0's peak), seconds (a step, the mean since the last logged one), skipped_steps and failed_saves
+    (since this start of the run: steps whose gradient was not finite, checkpoints that could not be written). For a
+    mixture of experts also expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py).
     """
 
     def __init__(
@@ -90,7 +92,16 @@ class Metrics:
         self.interval_steps += 1
 
     def log(
-        self, step: int, *, loss: float, grad_norm: float, lr: float, tokens_seen: int, experts: dict | None = None
+        self,
+        step: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens_seen: int,
+        experts: dict | None = None,
+        skipped_steps: int = 0,
+        failed_saves: int = 0,
     ) -> None:
         """Reports a step. The caller has read loss from the device, so that the clock sees finished work. experts: what
         `training/balance.py` reports, a list by layer each."""
@@ -111,9 +122,14 @@ class Metrics:
             mfu=flops / self.peak_flops if self.peak_flops else None,
             memory_gib=peak_memory_gib(self.device),
             seconds=seconds / self.interval_steps,
+            skipped_steps=skipped_steps,
+            failed_saves=failed_saves,
             **(experts or {}),
         )
-        self.file.write(json.dumps(row) + "\n")
+        # JSON has no NaN: a skipped step's loss is null.
+        self.file.write(
+            json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in row.items()}) + "\n"
+        )
         self.file.flush()
         if self.tensorboard:
             for key, value in row.items():
