@@ -199,16 +199,10 @@ class CheckpointManager:
 
     def _damage(self, path: str) -> str | None:
         """Why a checkpoint cannot be used, on any rank; each looks at some of the files."""
-        damage = find_damage(path, dist.get_rank(), dist.get_world_size())
-        if damage is None and dist.get_rank() == 0:
-            try:
-                SafeReader(path).read_metadata()
-                read_state(path)
-            except ValueError as error:
-                damage = str(error)
         everywhere = [None] * dist.get_world_size()
+        damage = find_damage(path, dist.get_rank(), dist.get_world_size())
         dist.all_gather_object(everywhere, damage, group=self.group)
-        return next((found for found in everywhere if found), None)
+        return next((found for found in everywhere if found), None) or self._everywhere(lambda: _unreadable(path))
 
     def _set_aside(self, steps: list[int], prefix: str, why: str) -> None:
         """Renames checkpoints so that no later start takes them up: damaged ones, and after going back to an older step
@@ -275,6 +269,16 @@ class CheckpointManager:
         if result[1]:
             raise ValueError(result[1])
         return result[0]
+
+
+def _unreadable(path: str) -> str | None:
+    """Why what was written, as it was written, is no checkpoint."""
+    try:
+        SafeReader(path).read_metadata()
+        read_state(path)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def _begins(name: str, start: str) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.data import default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.dataset import TokenDataset
+from training.signals import ignore_stop_signals
 
 Microbatch = dict[str, Tensor]
 
@@ -74,6 +75,7 @@ class Loader:
                 collate_fn=partial(_microbatches, self._local_batch_size),
                 num_workers=self._num_workers,
                 generator=torch.Generator(),  # its own: otherwise it draws a number from the model's
+                worker_init_fn=ignore_stop_signals,
             )
         return iter(batches)
 

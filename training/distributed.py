@@ -44,7 +44,13 @@ def init_distributed(device: str, timeout_seconds: int) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, this, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+            # torchrun's store outlives a restart of the ranks, and with it the addresses of those before. (On several
+            # machines restarts are not counted alike: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/faults.md.)
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=this, world_size=ranks)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     if device == "cuda":
@@ -111,7 +117,9 @@ def clean_exit() -> Iterator[None]:
             watchdog.stop()
         if isinstance(error, OSError) or (isinstance(error, ValueError | FloatingPointError) and _raised_here(error)):
             if rank() != 0:
-                time.sleep(ERROR_GRACE_SECONDS)
+                if watchdog and watchdog.hears_of_another(ERROR_GRACE_SECONDS):
+                    os._exit(1)
+                time.sleep(0 if watchdog else ERROR_GRACE_SECONDS)
             prefix = "error:" if rank() == 0 else f"error (rank {rank()}):"
             line = f"{prefix} {' '.join(str(error).split())}"
             print(line, file=sys.stderr, flush=True)

@@ -28,18 +28,11 @@ def stacks_folder(dump_folder: str) -> str:
 
 
 def record_nccl(dump_folder: str) -> None:
-    """Before the process group exists: NCCL's last collectives are kept, and written when one times out. (Older torch
-    reads the first name of each pair.)"""
-    for names, value in (
-        (("TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_FR_BUFFER_SIZE"), "2000"),
-        (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
-        (
-            ("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "TORCH_FR_DUMP_TEMP_FILE"),
-            os.path.join(os.path.abspath(stacks_folder(dump_folder)), "nccl-rank-"),
-        ),
-    ):
-        for name in names:
-            os.environ.setdefault(name, value)
+    """Before the process group exists: NCCL's last collectives are kept, and written when one times out."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    path = os.path.join(os.path.abspath(stacks_folder(dump_folder)), "nccl-rank-")  # and the rank's number
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", path)
 
 
 class Watchdog(threading.Thread):
@@ -88,6 +81,18 @@ class Watchdog(threading.Thread):
             return self.store.compare_set(FAILURE, "", failure).decode() == failure
         except Exception:  # the store has gone first
             return True
+
+    def hears_of_another(self, seconds: float) -> bool:
+        """Waits until another rank has told of a failure, or is gone, but not longer than so many seconds."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.store is not None:
+            try:
+                if self.failure or self.store.check([FAILURE]):
+                    return True
+            except Exception:
+                return True
+            time.sleep(POLL_SECONDS)
+        return False
 
     def stop(self) -> None:
         self.stopped.set()
