@@ -38,6 +38,7 @@ class Training:
     mixed_precision_param: DType = option("bfloat16", "weights are cast to this for forward and backward")
     mixed_precision_reduce: DType = option("float32", "gradients are summed over ranks in this")
     enable_cpu_offload: bool = option(False, "keep weights and optimizer state in CPU memory, update them there")
+    max_skipped_steps: int = option(0, "steps in a row that may be skipped because their gradient is not finite", 0)
     loss_chunk_size: int = option(2048, "tokens whose logits exist at a time, to save memory; 0: all", 0)
 
 
@@ -117,9 +118,16 @@ class Checkpoint:
     enable: bool = option(False, "save, and resume from what is there")
     folder: str = option("checkpoint", "inside job.dump_folder")
     interval: int = option(500, "steps between saves; the last step is always saved", 1)
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = option(
+        "disabled", "training waits for: the save; a copy in CPU memory; a copy made beside the next step (GPU)"
+    )
     keep_latest_k: int = option(10, "older ones are deleted; 0: keep all", 0)
+    keep_every: int = option(0, "those of every so many steps are never deleted; 0: none", 0)
+    last_save_model_only: bool = option(False, "the last step's holds the weights alone: no run can go on from it")
+    export_dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the weights saved alone")
     load_step: int = option(-1, "step to resume from; -1: the newest", -1)
     initial_load_path: str = option("", "a checkpoint's folder (.../step-N) whose weights a new run starts from")
+    exclude_from_loading: str = option("", "left out of initial_load_path: names, or beginnings, comma-separated")
     initial_load_in_hf: bool = option(False, "initial_load_path is a Hugging Face folder: safetensors and config.json")
 
 
@@ -203,11 +211,14 @@ def _check(config: Config) -> None:
     for option_name, takes_effect, needed in (
         ("data.weights", config.data.dataset == "shards", "data.dataset shards"),
         ("validation.path", config.validation.dataset != "training", "validation.dataset text"),
-        ("checkpoint.load_step", config.checkpoint.enable, "checkpoint.enable true"),
-        (
-            "checkpoint.initial_load_in_hf",
-            config.checkpoint.initial_load_path != "",
-            "checkpoint.initial_load_path DIR",
+        *(
+            (f"checkpoint.{key}", config.checkpoint.enable, "checkpoint.enable true")
+            for key in ("load_step", "async_mode", "keep_every", "last_save_model_only")
+        ),
+        ("checkpoint.export_dtype", config.checkpoint.last_save_model_only, "checkpoint.last_save_model_only true"),
+        *(
+            (f"checkpoint.{key}", config.checkpoint.initial_load_path != "", "checkpoint.initial_load_path DIR")
+            for key in ("initial_load_in_hf", "exclude_from_loading")
         ),
         ("parallelism.context_parallel_method", p.context_parallel_degree > 1, "parallelism.context_parallel_degree 2"),
         *(
@@ -242,6 +253,11 @@ def _check(config: Config) -> None:
         table = getattr(config, section)
         if not takes_effect and getattr(table, key) != getattr(type(table)(), key):
             raise ValueError(f"{option_name} has no effect without {needed}; add --{needed}.")
+    if config.checkpoint.keep_every % config.checkpoint.interval:
+        raise ValueError(
+            f"checkpoint.keep_every ({config.checkpoint.keep_every}) must be a multiple of checkpoint.interval "
+            f"({config.checkpoint.interval}): other steps are not saved."
+        )
     if recompute.mode == "memory_budget" and not config.compile.enable:
         raise ValueError('activation_checkpoint.mode "memory_budget" is the compiler\'s; add --compile.enable true.')
     if p.pipeline_parallel_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):

@@ -7,7 +7,6 @@
 Any option of config.py goes on the command line, `--section.key value`; `--help` lists them.
 """
 
-import math
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ STARTED = time.perf_counter()  # before torch, whose import is most of a cold st
 import torch
 import torch.distributed as dist
 
-from checkpoint import CheckpointManager, model_args_of_folder, require_same_model
+from checkpoint import CheckpointManager, FolderLock, TrainedState, model_args_of_folder, require_same_model
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
 from model import ModelArgs, Transformer, flops_per_token, further_tokens, get_flavor, num_params
@@ -45,22 +44,32 @@ from training.distributed import (
     require_equal_on_all_ranks,
     set_determinism,
 )
+from training.health import LossSpikes, NonFiniteGuard
 from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
 from training.optimizer import build_optimizer, clip_grad_norm
+from training.signals import EXIT_PREEMPTED, StopSignals
 from training.validation import Validation
+from training.watchdog import Watchdog, record_nccl
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
+    """Trains, and returns the process's exit status: 0 after the last step, EXIT_PREEMPTED after a signal."""
     training = config.training
+    record_nccl(config.job.dump_folder)
     device = init_distributed(config.job.device, config.comm.timeout_seconds)
     if training.enable_cpu_offload and device.type == "cpu":
         raise ValueError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
     if config.parallelism.enable_async_tensor_parallel and device.type == "cpu":
         raise ValueError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
+    if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
+        raise ValueError('checkpoint.async_mode "async_with_pinned_mem" needs a GPU to copy from; use "async".')
     set_determinism(training.seed, training.deterministic)
     log = print if dist.get_rank() == 0 else lambda *_, **__: None
+    lock = FolderLock(config.job.dump_folder)
+    signals = StopSignals()
+    watchdog = Watchdog(config.job.dump_folder, dist.get_rank())
 
     # The ranks as a five-dimensional grid.
     mesh = build_mesh(degrees_of(config), device.type, dist.get_world_size())
@@ -110,19 +119,24 @@ def main(config: Config) -> None:
     )
 
     # Where it stands: at the beginning, or where an earlier run has left it.
-    step = tokens_seen = samples_consumed = 0
+    step = tokens_seen = samples_consumed = status = 0
     checkpoint = CheckpointManager(
         os.path.join(config.job.dump_folder, config.checkpoint.folder),
-        parameters=parameters,
-        buffers=balance.biases,
-        optimizer=optimizer,
-        model_args=model_args,
+        trained=TrainedState(parameters, balance.biases, optimizer, model_args),
         enable=config.checkpoint.enable,
         interval=config.checkpoint.interval,
+        async_mode=config.checkpoint.async_mode,
         keep_latest_k=config.checkpoint.keep_latest_k,
+        keep_every=config.checkpoint.keep_every,
+        last_save_dtype=getattr(torch, config.checkpoint.export_dtype)
+        if config.checkpoint.last_save_model_only
+        else None,
     )
     resumed = checkpoint.load(
-        config.checkpoint.load_step, config.checkpoint.initial_load_path, config.checkpoint.initial_load_in_hf
+        config.checkpoint.load_step,
+        config.checkpoint.initial_load_path,
+        config.checkpoint.initial_load_in_hf,
+        exclude=words(config.checkpoint.exclude_from_loading),
     )
     weights_have_changed(stages, shared)
     if resumed is not None:
@@ -162,9 +176,11 @@ def main(config: Config) -> None:
     forward_backward, forward = build_forward_backward(config, stages, mesh, device)
     validation = build_validation(config, dataset, tokenizer, stages, forward, mesh, device)
 
+    guard, spikes = NonFiniteGuard(parameters, training.max_skipped_steps), LossSpikes()
     keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
     metrics.start()
     while step < training.steps:
+        signals.ask()
         # ---------------------------------------------------------------------------------------- the step
         microbatches = [with_further_tokens(batch, model_args.n_mtp_layers) for batch in next(batches)]
         microbatches = [shard_sequences(batch, mesh.cp) for batch in microbatches]
@@ -176,16 +192,17 @@ def main(config: Config) -> None:
             loss = loss + forward_backward(batch, num_tokens)
         shared.add_gradient()
         grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)
-        if not math.isfinite(grad_norm):
-            # Before the weights take it up: the last checkpoint, and the weights in memory, are still good.
-            raise FloatingPointError(f"the gradient's norm is {grad_norm} at step {step + 1}; no weight was changed")
         lr = learning_rate(step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
+        checkpoint.wait_for_staging()  # of the last save: nothing before this has changed a weight
+        if guard.allows(step + 1, grad_norm, loss):
+            optimizer.step()
+            balance.update()
+            weights_have_changed(stages, shared)
+        else:
+            balance.forget()
         optimizer.zero_grad()
-        balance.update()
-        weights_have_changed(stages, shared)
         step += 1
         # ------------------------------------------------------------------------------- everything else
         tokens = global_batch_size * training.seq_len
@@ -202,15 +219,27 @@ def main(config: Config) -> None:
                 tokens_seen=tokens_seen,
                 experts=balance.report(),
                 validation=held_out,
+                skipped_steps=guard.skipped,
+                failed_saves=checkpoint.failed_saves,
             )
-        checkpoint.maybe_save(
-            step,
-            is_last=step == training.steps,
-            tokens_seen=tokens_seen,
-            samples_consumed=loader.samples_consumed,
-            order_of_data=order_of_data,
-        )
+            spike = spikes.warning(step, mean_loss)
+            if spike:
+                log(spike)
+        numbers = dict(tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, order_of_data=order_of_data)
+        checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
+        stop = signals.answer()
+        if stop and step < training.steps:
+            is_saved = config.checkpoint.enable and checkpoint.save(step, **numbers) and checkpoint.wait()
+            log(f"{stop} ended the run after step {step}, which is {'saved' if is_saved else 'NOT saved'}")
+            status = EXIT_PREEMPTED if is_saved or not config.checkpoint.enable else 1
+            break
+    checkpoint.close()
     metrics.close()
+    dist.barrier()  # with it all have done their work, and none takes the end of another for a failure
+    watchdog.close()
+    signals.close()
+    lock.close()
+    return status
 
 
 def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: Mesh, device: torch.device):
@@ -298,6 +327,11 @@ def weights_have_changed(stages, shared) -> None:
         update_float8_scales(stage)
 
 
+def words(text: str) -> list[str]:
+    """What a comma-separated option lists."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
 def degrees_of(config: Config) -> Degrees:
     p = config.parallelism
     return Degrees(
@@ -340,7 +374,7 @@ def build_stages(
         report = apply_float8(
             model,
             recipe=float8.recipe,
-            skip=[pattern.strip() for pattern in float8.skip.split(",") if pattern.strip()],
+            skip=words(float8.skip),
             min_dim=float8.min_dim,
             emulate=float8.emulate,
             fsdp_all_gather=float8.enable_fsdp_float8_all_gather,
@@ -388,4 +422,4 @@ def check_data_fits_model(model_args, tokenizer, seq_len: int) -> None:
 
 if __name__ == "__main__":
     with clean_exit():
-        main(load_config(sys.argv[1:]))
+        sys.exit(main(load_config(sys.argv[1:])))

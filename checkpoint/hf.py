@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from checkpoint.hf_config import LLAMA, ConfigFile, config_of_model
 from checkpoint.hf_files import TensorReader, write_tensors
 from checkpoint.hf_names import EXPERT_BIAS, WHOLE, Theirs, copies_of, in_order, layer_of, theirs
+from checkpoint.manifest import find_damage
+from checkpoint.safe_metadata import SafeReader
+from checkpoint.state import read_state
 from model import ModelArgs, Transformer
 from parallelize.init import held_indices
 from training.distributed import rank
@@ -128,24 +132,19 @@ def export_hf(
     skip_mtp     leave the blocks of multi-token prediction out
     max_bytes    of a file
     """
-    import torch.distributed.checkpoint as dcp
-
-    state_file = os.path.join(checkpoint, "state.json")
-    if not os.path.isfile(state_file):
-        raise ValueError(f"{checkpoint} is not a complete checkpoint: it has no state.json.")
+    damage = find_damage(checkpoint)
+    if damage:
+        raise ValueError(f"{checkpoint} is not a complete checkpoint: {damage}.")
     if os.path.isdir(folder) and os.listdir(folder):
         raise ValueError(f"{folder} is there already, and is not empty; give another.")
-    with open(state_file, encoding="utf-8") as file:
-        args = ModelArgs(**json.load(file)["model_args"])
+    args = ModelArgs(**read_state(checkpoint)["model_args"])
     args = replace(args, n_mtp_layers=0) if skip_mtp else args
     config = config_of_model(args)
 
-    reader = dcp.FileSystemReader(checkpoint)
-    metadata = reader.read_metadata()
-    reader.read_metadata = lambda *_, **__: metadata  # once, and not for every tensor
+    reader = SafeReader(checkpoint)
     stored = {
         name.removeprefix("model."): meta
-        for name, meta in metadata.state_dict_metadata.items()
+        for name, meta in reader.read_metadata().state_dict_metadata.items()
         if name.startswith("model.") and not (skip_mtp and name.startswith("model.mtp."))
     }
     rope_in_halves = config["architectures"] == [LLAMA]

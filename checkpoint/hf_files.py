@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoint.manifest import is_plain_name
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -39,6 +41,9 @@ class TensorReader:
         index = os.path.join(folder, INDEX)
         if os.path.isfile(index):
             self.file_of = read_json(index)["weight_map"]
+            for file in self.file_of.values():
+                if not is_plain_name(file):
+                    raise ValueError(f'{index} names "{file}", which is not a file in its folder.')
         elif os.path.isfile(os.path.join(folder, SINGLE)):
             self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:

@@ -1,216 +1,285 @@
-"""Save, find, load and delete checkpoints, with torch's distributed checkpoint (DCP) for the tensors.
+"""When to save, what to load, which checkpoints to keep. (How one is written: storage.py; how checked: manifest.py.)
 
-A checkpoint is a folder `step-N`: DCP's files, which describe every tensor as a whole under its name and so load into
-any layout, and `state.json` with the numbers that are not tensors. It is written under another name and renamed when
-all ranks have finished, so what bears the final name is complete.
-
-Tensors' names: `model.{parameter}` and `optimizer.{parameter}.{slot}`. The optimizer's hyperparameters and the learning
-rate's schedule are not stored: they are the configuration's, and a changed one must take effect.
+A checkpoint is a folder `step-N`: files of torch's distributed checkpoint (DCP), which describe every tensor as a whole
+under its name and so load into any layout; `state.json` with the numbers that are not tensors; and `manifest.json` with
+the checksums of all of them. What bears that name is complete, and is never written into again.
 """
 
-import json
 import os
 import re
 import shutil
-import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint.hf import load_hf
-from model.args import ModelArgs
-from parallelize.float8 import as_plain
+from checkpoint.manifest import find_damage
+from checkpoint.safe_metadata import SafeReader
+from checkpoint.staging import Staging
+from checkpoint.state import TrainedState, read_state
+from checkpoint.storage import PARTIAL, SaveFailed, free_name, write_checkpoint
 
 # Of the model's arguments, those that decide how it learns and not what it computes: they may change on the way.
 TRAINING_ONLY = ("init_std", "expert_bias_speed", "balance_loss_weight", "mtp_loss_weight")
+# What weights to start from may also have otherwise; where a part is left out, sizes that only that part may have.
+NOT_WEIGHTS = (*TRAINING_ONLY, "max_seq_len", "rope_")
+NOT_SHARED = ("vocab_size", "n_layers", "n_dense_layers", "n_mtp_layers", "tie_embeddings")
+CORRUPT = "corrupt-"
 
 
 class CheckpointManager:
-    """Owns one folder of checkpoints of one run: of this rank's parameters, by name (a pipeline stage has only some, a
-    tied one counts once), what else was learned (buffers), and the optimizer's state. Every method but the constructor
-    is a collective."""
+    """Owns one run's folder of checkpoints. Every method but `wait_for_staging` is a collective.
+
+    failed_saves   how many saves failed; the run goes on, and the next interval tries again
+    """
 
     def __init__(
         self,
         folder: str,
         *,
-        parameters: dict[str, nn.Parameter],
-        buffers: dict[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-        model_args: ModelArgs,
+        trained: TrainedState,
         enable: bool,
         interval: int,
+        async_mode: str,
         keep_latest_k: int,
+        keep_every: int,
+        last_save_dtype: torch.dtype | None,
     ):
-        self.folder, self.parameters, self.buffers = folder, parameters, buffers
-        self.optimizer, self.model_args = optimizer, model_args
-        self.enable, self.interval, self.keep_latest_k = enable, interval, keep_latest_k
-        self.saved_step = None
+        """async_mode: as in config.py. last_save_dtype: the last save holds the weights alone, in this; None: all."""
+        self.folder, self.trained = folder, trained
+        self.enable, self.interval, self.last_save_dtype = enable, interval, last_save_dtype
+        self.keep_latest_k, self.keep_every = keep_latest_k, keep_every
+        self.saved_step, self.failed_saves = None, 0
+        self.group = self.staging = self.thread = None
+        self.pending: tuple[int, Future] | None = None
+        if enable:
+            # Tensors on the CPU, and beside training's own communication: a group that only saving uses.
+            self.group = dist.new_group(backend="gloo")
+        if enable and async_mode != "disabled":
+            self.staging = Staging(pinned=async_mode == "async_with_pinned_mem")
+            self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     # --------------------------------------------------------------------------------------------- save
 
     def maybe_save(self, step: int, *, is_last: bool, **numbers) -> None:
         """Saves at every interval and at the last step; numbers go to state.json and come back from `load`."""
-        if self.enable and step != self.saved_step and (is_last or step % self.interval == 0):
-            self.save(step, **numbers)
+        if self.enable and (is_last or step % self.interval == 0):
+            self.save(step, is_last=is_last, **numbers)
 
-    def save(self, step: int, **numbers) -> None:
-        import torch.distributed.checkpoint as dcp
+    def save(self, step: int, *, is_last: bool = False, **numbers) -> bool:
+        """Saves, or begins to (after an earlier one is done): `wait_for_staging` before changing any weight. False if
+        the save is known to have failed."""
+        self.wait()
+        if step == self.saved_step:
+            return True
+        weights_only = is_last and self.last_save_dtype is not None
+        state = dict(step=step, weights_only=weights_only, model_args=dict(vars(self.trained.model_args)), **numbers)
+        tensors = self.trained.exported_tensors(self.last_save_dtype) if weights_only else self.trained.tensors()
+        if self.staging is None:
+            return self._write(step, tensors, state)
+        copies, copied = self.staging.copy(tensors)
 
-        final, partial = self._path(step), os.path.join(self.folder, f"incomplete-step-{step}")
-        if dist.get_rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
-            os.makedirs(partial)
-        dist.barrier()
-        dcp.save({**self._model_tensors(), **self._optimizer_tensors()}, checkpoint_id=partial)
-        if dist.get_rank() == 0:
-            state = dict(step=step, model_args=vars(self.model_args), **numbers)
-            with open(os.path.join(partial, "state.json"), "w", encoding="utf-8") as file:
-                json.dump(state, file, indent=1)
-                os.fsync(file.fileno())
-            if os.path.exists(final):  # an older run's, which this one was told to start before
-                os.rename(final, os.path.join(self.folder, f"incomplete-replaced-{step}"))
-            os.rename(partial, final)
-            self._delete_old()
-            print(f"saved {final}", flush=True)
-        dist.barrier()
+        def write() -> bool:
+            copied()
+            return self._write(step, copies, state)
+
+        self.pending = step, self.thread.submit(write)
+        return True
+
+    def wait_for_staging(self) -> None:
+        """Call before the optimizer's step: weights must not change while they are copied."""
+        if self.staging is not None:
+            self.staging.wait()
+
+    def wait(self) -> bool:
+        """Until what was begun is done: whether all that was asked for since the last call is saved."""
+        if self.pending is None:
+            return True
+        (_, future), self.pending = self.pending, None
+        return future.result()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        self.wait()
+        if self.thread is not None:
+            self.thread.shutdown()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> bool:
+        is_first = dist.get_rank() == 0
+        try:
+            write_checkpoint(self.folder, f"step-{step}", tensors, state, self.group)
+        except SaveFailed as failure:
+            self.failed_saves += 1
+            if is_first:
+                print(
+                    f"WARNING: step {step} was NOT saved ({failure}); the run goes on, and tries again at the next "
+                    f"interval. Saves that failed so far: {self.failed_saves}.",
+                    flush=True,
+                )
+            return False
         self.saved_step = step
+        if is_first:
+            print(f"saved {self._path(step)}", flush=True)
+            self._delete_old()
+        return True
 
     def _delete_old(self) -> None:
-        old = self._listed_steps()[: -self.keep_latest_k] if self.keep_latest_k > 0 else []
-        for step in old:
-            # Renamed first: a folder that is half deleted must not look complete.
-            os.rename(self._path(step), os.path.join(self.folder, f"incomplete-deleted-{step}"))
-        for name in os.listdir(self.folder):
-            if name.startswith("incomplete-"):
-                shutil.rmtree(os.path.join(self.folder, name))
+        steps = self._listed_steps()
+        old = steps[: -self.keep_latest_k] if self.keep_latest_k > 0 else []
+        try:
+            for step in old:
+                if self.keep_every == 0 or step % self.keep_every:
+                    # Renamed first: a folder that is half deleted must not look like a checkpoint.
+                    aside = free_name(self.folder, f"{PARTIAL}deleted-{step}")
+                    os.rename(self._path(step), aside)
+                    shutil.rmtree(aside)
+        except OSError as error:
+            print(f"WARNING: cannot delete {error.filename}: {error.strerror}.", flush=True)
 
     # --------------------------------------------------------------------------------------------- load
 
-    def load(self, load_step: int, initial_load_path: str, initial_load_in_hf: bool) -> dict | None:
-        """Resumes from load_step, or from the newest complete checkpoint if it is -1, and returns its state.json. If
+    def load(
+        self, load_step: int, initial_load_path: str, initial_load_in_hf: bool, exclude: Sequence[str] = ()
+    ) -> dict | None:
+        """Resumes from load_step, or from the newest intact checkpoint if it is -1, and returns its state.json. If
         there is none, reads just the weights of initial_load_path, if given, and returns None; that is a checkpoint's
-        folder, or with initial_load_in_hf a Hugging Face one.
+        folder, or with initial_load_in_hf a Hugging Face one, and of it all but what is named in `exclude`, each a
+        parameter's name or the beginning of some.
 
-        ValueError when load_step is not there, or a checkpoint does not hold this model.
+        ValueError when load_step is not there or damaged, when no checkpoint is intact but there were some, or when one
+        does not hold this model: never a fresh start instead.
         """
-        steps = self._complete_steps() if self.enable else []
-        if load_step >= 0 and load_step not in steps:
-            raise ValueError(
-                f"checkpoint.load_step {load_step}: there is no {self._path(load_step)}; complete ones: {steps}."
-            )
-        if not steps:
-            if initial_load_in_hf:
-                tensors = {name.removeprefix("model."): t for name, t in self._model_tensors().items()}
-                load_hf(initial_load_path, tensors, self.model_args)
-            elif initial_load_path:
-                self._read(initial_load_path, self._model_tensors(), free=(*TRAINING_ONLY, "max_seq_len", "rope_"))
+        step = self._step_to_resume(load_step) if self.enable else None
+        if step is None:
+            if initial_load_path:
+                self._load_weights(initial_load_path, initial_load_in_hf, exclude)
             return None
-        step = load_step if load_step >= 0 else steps[-1]
-        slots = self._optimizer_slots(self._path(step))
-        state = self._read(self._path(step), {**self._model_tensors(), **slots}, free=TRAINING_ONLY)
-        self._load_optimizer(slots)
-        self._set_aside([s for s in steps if s > step])
+        path = self._path(step)
+        reader, state = SafeReader(path), read_state(path)
+        if state["weights_only"]:
+            raise ValueError(
+                f"{path} holds the weights alone (checkpoint.last_save_model_only): a run cannot go on from it; give "
+                "an earlier --checkpoint.load_step, or begin another with --checkpoint.initial_load_path."
+            )
+        slots = self.trained.empty_optimizer_slots(reader)
+        self.trained.read(reader, self.trained.model_tensors() | slots, free=TRAINING_ONLY, group=self.group)
+        self.trained.load_optimizer(slots)
+        self._set_aside([s for s in self._everywhere(self._listed_steps) if s > step], "superseded-", "is newer")
         self.saved_step = step
         return state
 
-    def _set_aside(self, steps: list[int]) -> None:
-        """Going back to an older step begins another history: were the newer ones left in place, the next automatic
-        resume would take them up."""
-        if dist.get_rank() == 0:
-            for step in steps:
-                aside = os.path.join(self.folder, f"superseded-step-{step}-{int(time.time())}")
-                os.rename(self._path(step), aside)
-                print(f"checkpoint of step {step} is newer than the one resumed from: kept as {aside}", flush=True)
-        dist.barrier()
-
-    def _read(self, path: str, tensors: dict[str, Tensor], free: tuple[str, ...]) -> dict:
-        """Fills tensors, in place, from a checkpoint folder, and returns its state.json. The model's shape must be the
-        same but for arguments that begin with one of `free`."""
-        import torch.distributed.checkpoint as dcp
-
-        stored = self._metadata(path)
-        with open(os.path.join(path, "state.json"), encoding="utf-8") as file:
-            state = json.load(file)
-        ours = vars(self.model_args)
-        differ = [
-            f"{name} is {value} there, {ours.get(name)} here"
-            for name, value in state["model_args"].items()
-            if ours.get(name) != value and not name.startswith(free)
-        ]
-        if differ:
-            raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ)}.")
-        for name, tensor in tensors.items():
-            if name not in stored:
-                raise ValueError(f"{path} is a checkpoint of another model: it has no {name}.")
-            # DCP would cast in silence.
-            if stored[name].properties.dtype != tensor.dtype:
+    def _step_to_resume(self, load_step: int) -> int | None:
+        """load_step, or the newest step whose checkpoint is intact; damaged ones are renamed on the way."""
+        self._everywhere(self._remove_partial)
+        steps = self._everywhere(self._listed_steps)
+        if load_step >= 0:
+            if load_step not in steps:
                 raise ValueError(
-                    f"{path}: {name} is stored as {stored[name].properties.dtype}, this run has {tensor.dtype}; "
-                    "set training.dtype to what it was trained in."
+                    f"checkpoint.load_step {load_step}: there is no {self._path(load_step)}; complete ones: {steps}."
                 )
-        dcp.load(tensors, checkpoint_id=path)
-        return state
+            damage = self._damage(self._path(load_step))
+            if damage:
+                raise ValueError(f"checkpoint.load_step {load_step}: {self._path(load_step)}: {damage}.")
+            return load_step
+        for step in reversed(steps):
+            damage = self._damage(self._path(step))
+            if damage is None:
+                return step
+            self._set_aside([step], CORRUPT, f"is not used, {damage}")
+        set_aside = self._everywhere(lambda: [n for n in self._names() if n.startswith(CORRUPT)])
+        if set_aside:
+            raise ValueError(
+                f"{self.folder} has no intact checkpoint, but damaged ones: {', '.join(sorted(set_aside))}; to begin "
+                "from step 0, move them away or give another job.dump_folder."
+            )
+        return None
 
-    def _metadata(self, path: str) -> dict:
-        """DCP's description of every stored tensor, by name."""
-        import torch.distributed.checkpoint as dcp
+    def _damage(self, path: str) -> str | None:
+        """Why a checkpoint cannot be used, on any rank; each looks at some of the files."""
+        everywhere = [None] * dist.get_world_size()
+        damage = find_damage(path, dist.get_rank(), dist.get_world_size())
+        dist.all_gather_object(everywhere, damage, group=self.group)
+        return next((found for found in everywhere if found), None) or self._everywhere(lambda: _unreadable(path))
 
-        if not os.path.isfile(os.path.join(path, "state.json")):
-            raise ValueError(f"{path} is not a complete checkpoint: it has no state.json.")
-        return dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    def _set_aside(self, steps: list[int], prefix: str, why: str) -> None:
+        """Renames checkpoints so that no later start takes them up: damaged ones, and after going back to an older step
+        the newer ones, which belong to another history. They are never deleted."""
 
-    def _optimizer_slots(self, path: str) -> dict[str, Tensor]:
-        """Empty tensors for every optimizer state that the checkpoint holds, laid out as the parameters are."""
-        stored, slots = self._metadata(path), {}
-        for name, parameter in self.parameters.items():
-            prefix = f"optimizer.{name}."
-            for key, meta in stored.items():
-                if key.startswith(prefix):
-                    dtype = meta.properties.dtype
-                    like_parameter = meta.size == parameter.shape
-                    slots[key] = (
-                        torch.empty_like(as_plain(parameter), dtype=dtype)
-                        if like_parameter
-                        else torch.empty(meta.size, dtype=dtype)
-                    )
-        return slots
+        def rename() -> None:
+            for step in steps:
+                aside = free_name(self.folder, f"{prefix}step-{step}")
+                os.rename(self._path(step), aside)
+                print(f"warning: checkpoint of step {step} {why}; it was renamed {aside}", flush=True)
 
-    def _load_optimizer(self, slots: dict[str, Tensor]) -> None:
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = {}
-        for index, parameter in enumerate(ordered):
-            prefix = f"optimizer.{names[parameter]}."
-            state[index] = {k.removeprefix(prefix): t for k, t in slots.items() if k.startswith(prefix)}
-        # Through torch's own method, which moves scalars to where the fused kernel wants them.
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        self._everywhere(rename)
+
+    def _remove_partial(self) -> None:
+        for name in self._names():
+            if name.startswith(PARTIAL):
+                print(f"removing {os.path.join(self.folder, name)}, whose run ended while it was written", flush=True)
+                shutil.rmtree(os.path.join(self.folder, name))
+
+    def _load_weights(self, path: str, is_hf: bool, exclude: Sequence[str]) -> None:
+        tensors = {name.removeprefix("model."): t for name, t in self.trained.model_tensors().items()}
+        everywhere = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, list(tensors), group=self.group)  # a pipeline stage has only some
+        names = {name for of_rank in everywhere for name in of_rank}
+        for start in exclude:
+            if not any(_begins(name, start) for name in names):
+                raise ValueError(
+                    f'checkpoint.exclude_from_loading: the model has no parameter that is, or begins with, "{start}"; '
+                    "they are called layers.0.attention.wq.weight and so on."
+                )
+        tensors = {name: t for name, t in tensors.items() if not any(_begins(name, start) for start in exclude)}
+        if is_hf:
+            load_hf(path, tensors, self.trained.model_args)
+            return
+        damage = self._damage(path)
+        if damage:
+            raise ValueError(f"{path} is not a complete checkpoint: {damage}.")
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+        free = (*NOT_WEIGHTS, *NOT_SHARED) if exclude else NOT_WEIGHTS
+        self.trained.read(SafeReader(path), tensors, free=free, may_cast=True, group=self.group)
 
     # --------------------------------------------------------------------------------------------- names
-
-    def _model_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name. Detached, but the same memory: loading writes into the model."""
-        parameters = {f"model.{name}": as_plain(parameter) for name, parameter in self.parameters.items()}
-        return parameters | {f"model.{name}": buffer for name, buffer in self.buffers.items()}
-
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state by the name of its parameter, whatever group or order that is in."""
-        return {
-            f"optimizer.{name}.{slot}": tensor
-            for name, parameter in self.parameters.items()
-            for slot, tensor in self.optimizer.state.get(parameter, {}).items()
-        }
 
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"step-{step}")
 
-    def _complete_steps(self) -> list[int]:
-        """Steps of the complete checkpoints, ascending, as rank 0 sees them."""
-        steps = [self._listed_steps() if dist.get_rank() == 0 else None]
-        dist.broadcast_object_list(steps)
-        return steps[0]
+    def _names(self) -> list[str]:
+        return os.listdir(self.folder) if os.path.isdir(self.folder) else []
 
     def _listed_steps(self) -> list[int]:
-        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        return sorted(int(m[1]) for m in (re.fullmatch(r"step-(\d+)", name) for name in names) if m)
+        """Steps of the checkpoints, ascending."""
+        return sorted(int(m[1]) for m in (re.fullmatch(r"step-(\d+)", name) for name in self._names()) if m)
+
+    def _everywhere(self, do):
+        """What `do` returns on rank 0, on all ranks: they must not each look at a folder that changes. An error of the
+        file system is raised on all of them."""
+        result = [None, None]
+        if dist.get_rank() == 0:
+            try:
+                result[0] = do()
+            except OSError as error:
+                result[1] = f"{error.filename}: {error.strerror}."
+        dist.broadcast_object_list(result, group=self.group)
+        if result[1]:
+            raise ValueError(result[1])
+        return result[0]
+
+
+def _unreadable(path: str) -> str | None:
+    """Why what was written, as it was written, is no checkpoint."""
+    try:
+        SafeReader(path).read_metadata()
+        read_state(path)
+    except ValueError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def _begins(name: str, start: str) -> bool:
+    return name == start or name.startswith(f"{start}.")

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.dataset import TokenDataset
+from training.signals import ignore_stop_signals
 
 Microbatch = dict[str, Tensor]
 
@@ -84,6 +85,7 @@ class Loader:
                 batch_size=None,
                 num_workers=self._num_workers,
                 generator=torch.Generator(),  # its own: otherwise it draws a number from the model's
+                worker_init_fn=ignore_stop_signals,
             )
         return iter(batches)
 

@@ -133,7 +133,8 @@ class Transformer(nn.Module):
         loss, *further = self.output(torch.cat(streams), torch.cat(targets), len(streams)).unbind()
         for extra in further:
             loss = loss + self.args.mtp_loss_weight / len(further) * (extra - extra.detach())
-        return loss
+        # A loss that is not finite has a gradient that is not, which the gradients' sums then show to every rank.
+        return loss * torch.ones_like(loss).masked_fill(~loss.detach().isfinite(), torch.nan)
 
     def _counted(self, moe: MoE | None, h: Tensor, tokens_per_expert: Tensor | None) -> Tensor:
         """h. Here, where nothing is run again in backward, each token is counted once."""

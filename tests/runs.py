@@ -196,7 +196,9 @@ def _command(arguments: list[str], output: str, stop_after: int | None) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     with clean_exit():
-        train.main(load_config(arguments))
+        status = train.main(load_config(arguments))
+    if status:
+        os._exit(status)
 
 
 def run_command(

@@ -185,7 +185,7 @@ def test_a_folder_is_trained_in_any_layout_and_given_back(kind, layout, folders,
     assert len(theirs) == len(prompt) + 24 and len(set(theirs)) > 4, theirs
 
     refused = subprocess.run([*command[:2], str(exported), str(tmp_path / "more")], capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "no state.json" in refused.stderr
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "no manifest.json" in refused.stderr
 
 
 @pytest.mark.parametrize(

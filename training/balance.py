@@ -16,7 +16,8 @@ IDLE = 0.1  # an expert with less than this part of its fair share is idle; with
 
 
 class ExpertBalance:
-    """The routers of this rank's stages. Every method is a collective; all do nothing in a dense model.
+    """The routers of this rank's stages. Every method but `forget` is a collective; all do nothing in a
+    dense model.
 
     With L mixture layers of E experts: an update is one all-reduce of this rank's stages' counts, 8 E bytes a layer; a
     report, where a step is logged, one of 24 bytes a layer of the whole model over pp.
@@ -51,6 +52,11 @@ class ExpertBalance:
         for number, router in self.routers.items():
             if router.args.expert_bias:
                 router.expert_bias += router.args.expert_bias_speed * (1 - self.shares[number]).sign().float()
+            router.tokens_per_expert.zero_()
+
+    def forget(self) -> None:
+        """Drops the counts of a step that is skipped."""
+        for router in self.routers.values():
             router.tokens_per_expert.zero_()
 
     def report(self) -> dict[str, list[float]]:

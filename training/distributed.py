@@ -14,7 +14,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from training.watchdog import POLL_SECONDS, Watchdog, running_watchdog
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+TIMED_OUT = ("timed out", "timeout")
 ERROR_GRACE_SECONDS = 10  # how long other ranks let rank 0 report an error that all of them have met
 
 
@@ -40,7 +44,13 @@ def init_distributed(device: str, timeout_seconds: int) -> torch.device:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, this, ranks = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
+            # torchrun's store outlives a restart of the ranks, and with it the addresses of those before. (On several
+            # machines restarts are not counted alike: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/faults.md.)
+            store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=this, world_size=ranks)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     if device == "cuda":
@@ -94,25 +104,58 @@ def require_equal_on_all_ranks(**values: str) -> None:
 @contextmanager
 def clean_exit() -> Iterator[None]:
     """Ends the process group, and turns an error that this project raised on purpose, or one of the file system, into
-    one line and exit status 1. Any other error keeps its traceback.
+    one line and exit status 1. Any other error keeps its traceback, and all ranks end within seconds.
 
     Usually every rank meets the same error. Rank 0 reports it; torchrun then stops the others, which wait for that. An
     error that only another rank has met is reported by that rank, after the wait.
     """
     try:
         yield
-    except (ValueError, FloatingPointError, OSError) as error:
-        if not isinstance(error, OSError) and not _raised_here(error):
-            raise
-        if rank() != 0:
-            time.sleep(ERROR_GRACE_SECONDS)
-        prefix = "error:" if rank() == 0 else f"error (rank {rank()}):"
-        print(prefix, " ".join(str(error).split()), file=sys.stderr, flush=True)
+    except Exception as error:
+        watchdog = running_watchdog()
+        if watchdog:
+            watchdog.stop()
+        if isinstance(error, OSError) or (isinstance(error, ValueError | FloatingPointError) and _raised_here(error)):
+            if rank() != 0:
+                if watchdog and watchdog.hears_of_another(ERROR_GRACE_SECONDS):
+                    os._exit(1)
+                time.sleep(0 if watchdog else ERROR_GRACE_SECONDS)
+            prefix = "error:" if rank() == 0 else f"error (rank {rank()}):"
+            line = f"{prefix} {' '.join(str(error).split())}"
+            print(line, file=sys.stderr, flush=True)
+            if watchdog:
+                watchdog.tell(line)
+        else:
+            _report_failure(error, watchdog)
+        if watchdog and dist.get_world_size() > 1:
+            time.sleep(1.5 * POLL_SECONDS)  # so that others learn of it before the store that they look into is gone
         # Not sys.exit: leaving the interpreter in order would wait for peers that never come.
         os._exit(1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _report_failure(error: Exception, watchdog: Watchdog | None) -> None:
+    """An error that other ranks do not know of: its traceback, and a last line that says what it means. An error that
+    only follows from another rank's leaves no more than its stack, in a file."""
+    text = " ".join(str(error).split())
+    line = f"rank {rank()} failed: {type(error).__name__}: {text[:300]}"
+    is_first = watchdog is None or watchdog.tell(line)
+    if watchdog:
+        watchdog.dump(line)
+    if not is_first:
+        return
+    traceback.print_exc()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(part in text for part in OUT_OF_MEMORY):
+        line += (
+            "; out of memory: lower training.local_batch_size (training.global_batch_size keeps the step what it is) "
+            "or training.loss_chunk_size, recompute with activation_checkpoint.mode full, or split further: "
+            "parallelism.data_parallel_shard_degree, tensor_parallel_degree, context_parallel_degree."
+        )
+    elif any(part in text.lower() for part in TIMED_OUT):
+        line += "; a collective waited longer than comm.timeout_seconds for a rank that did not come"
+    print("error:", line, f"(stacks: {watchdog.folder})" if watchdog else "", file=sys.stderr, flush=True)
 
 
 def _raised_here(error: BaseException) -> bool:

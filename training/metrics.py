@@ -1,6 +1,7 @@
 """What a run reports: one console line, one JSON object and, if asked for, TensorBoard scalars per logged step."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -49,10 +50,12 @@ class Metrics:
     Keys of a line in metrics.jsonl: step (counted from 1), loss (nats a token), grad_norm (before clipping), lr,
     tokens_seen (since step 0, resumed runs included), tokens_per_second (of all ranks), tokens_per_second_per_device,
     tflops (model FLOPs a device a second, in 1e12), mfu (tflops / the device's peak; null if that is unknown),
-    memory_gib (rank 0's peak), seconds (a step, the mean since the last logged one) and data_seconds (those of them
-    that rank 0 waited for data; the console shows it above 5 % of the step). For a mixture of experts also
-    expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py), and at its steps
-    validation_loss, validation_perplexity and validation_seconds (training/validation.py), whose time is in no speed.
+    memory_gib (rank 0's peak), seconds (a step, the mean since the last logged one), data_seconds (those of them that
+    rank 0 waited for data; the console shows it above 5 % of the step), skipped_steps and failed_saves (since this
+    start of the run: steps whose gradient was not finite, checkpoints that could not be written). For a mixture of
+    experts also expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py), and at its
+    steps validation_loss, validation_perplexity and validation_seconds (training/validation.py), whose time is in no
+    speed.
     """
 
     def __init__(
@@ -104,6 +107,8 @@ class Metrics:
         tokens_seen: int,
         experts: dict | None = None,
         validation: dict | None = None,
+        skipped_steps: int = 0,
+        failed_saves: int = 0,
     ) -> None:
         """Reports a step. The caller has read loss from the device, so that the clock sees finished work. experts: what
         `training/balance.py` reports, a list by layer each; validation: what `training/validation.py` does."""
@@ -126,10 +131,15 @@ class Metrics:
             memory_gib=peak_memory_gib(self.device),
             seconds=seconds / self.interval_steps,
             data_seconds=self.interval_waited / self.interval_steps,
+            skipped_steps=skipped_steps,
+            failed_saves=failed_saves,
             **(experts or {}),
             **validation,
         )
-        self.file.write(json.dumps(row) + "\n")
+        # JSON has no NaN: a skipped step's loss is null.
+        self.file.write(
+            json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in row.items()}) + "\n"
+        )
         self.file.flush()
         if self.tensorboard:
             for key, value in row.items():

@@ -63,7 +63,7 @@ def clip_grad_norm(
         total = total + square
     dist.all_reduce(total, group=pp_mesh.get_group())
     norm = math.sqrt(total.item())
-    if max_norm > 0 and norm > max_norm:
+    if max_norm > 0 and max_norm < norm < math.inf:
         for grads in groups.values():
             foreach_mul_(grads, max_norm / (norm + 1e-6))  # the same small number as torch's
     return norm

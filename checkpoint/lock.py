@@ -1,0 +1,54 @@
+"""One run at a time in one dump folder: two would write into the same metrics and delete each other's checkpoints."""
+
+import fcntl
+import os
+import socket
+import time
+
+import torch
+import torch.distributed as dist
+
+WAIT_SECONDS = 5  # a killed run's process may take a moment to go, and its restart may be quicker
+
+
+class FolderLock:
+    """Held by rank 0's process until it closes it or ends, in whatever way: the kernel's record lock dies with it, so a
+    crash leaves nothing to be taken over. (Not flock, which data workers would inherit and hold on to.) NFS keeps such
+    locks too, for all machines. The constructor is a collective; ValueError on all ranks if another run has it."""
+
+    def __init__(self, folder: str):
+        self.file = refusal = None
+        if dist.get_rank() == 0:
+            try:
+                refusal = self._take(folder)
+            except OSError as error:
+                refusal = f"cannot use job.dump_folder {folder}: {error.strerror}."
+        refused = torch.tensor(int(refusal is not None))
+        dist.all_reduce(refused)
+        if refused:
+            raise ValueError(refusal or f"job.dump_folder {folder} was refused to rank 0.")
+
+    def _take(self, folder: str) -> str | None:
+        os.makedirs(folder, exist_ok=True)
+        self.file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 - held open
+        deadline = time.monotonic() + WAIT_SECONDS
+        while True:
+            try:
+                fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > deadline:
+                    self.file.seek(0)
+                    return (
+                        f"another run is using job.dump_folder {folder} ({self.file.read().strip()}); wait for it, end "
+                        "it, or give this one another folder."
+                    )
+                time.sleep(0.1)
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self.file.flush()
+        return None
+
+    def close(self) -> None:
+        if self.file:
+            self.file.close()

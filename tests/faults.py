@@ -1,0 +1,133 @@
+"""Runs of train.py with a fault in them: processes that are started, hurt, and waited for, but never tidied up."""
+
+import os
+import signal
+import socket
+import sys
+import time
+
+import torch
+from ranks import _context
+
+ASLEEP = 3600  # seconds
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(world_size: int, arguments: list[str], output: str, fault: dict | None = None) -> list:
+    """Processes that do what `torchrun train.py ARGUMENTS` does; their lines go to `output`; fault: see `inject`."""
+    port = free_port()
+    processes = [
+        _context.Process(target=_run, args=(rank, world_size, port, arguments, output, fault or {}))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def exit_codes(processes: list, timeout: float = 120) -> list[int]:
+    """When all have ended by themselves."""
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    assert None not in codes, f"still running after {timeout} s: {codes}"
+    return codes
+
+
+def _run(rank: int, world_size: int, port: int, arguments: list[str], output: str, fault: dict) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    status = run(arguments, fault)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run(arguments: list[str], fault: dict) -> int:
+    import train
+    from config import load_config
+    from training.distributed import clean_exit
+
+    if fault and fault.get("rank", 0) == int(os.environ["RANK"]):
+        inject(**fault)
+    with clean_exit():
+        return train.main(load_config(arguments))
+
+
+def inject(kind: str, step: int = 0, rank: int = 0) -> None:
+    """Makes something go wrong on this rank: at the beginning of a step, in a layer during it, or when it is saved."""
+    import checkpoint.storage
+    import train
+
+    count_valid_tokens, build_stages, counted = train.count_valid_tokens, train.build_stages, [0]
+
+    def count(*args):
+        counted[0] += 1
+        if counted[0] == step:
+            hurt(kind)
+        return count_valid_tokens(*args)
+
+    def build(*args):
+        stages = build_stages(*args)
+        for stage in stages:
+            module = stage.layers["1"] if kind == "nan gradient" else stage.output
+            module.register_forward_hook(spoil)
+        return stages
+
+    def spoil(_module, _inputs, out):
+        if counted[0] != step:
+            return out
+        if kind == "nan gradient":
+            first = out[0] if isinstance(out, tuple) else out
+            first.register_hook(lambda grad: grad * torch.nan)
+            return out
+        return out * torch.nan if kind == "nan forward" else out + torch.inf  # whose gradient is finite
+
+    def save(*args):
+        if f"step-{step}" in args[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return commit(*args)
+
+    commit = checkpoint.storage._commit
+    train.count_valid_tokens = count
+    if kind in ("nan gradient", "nan forward", "infinite loss"):
+        train.build_stages = build
+    if kind == "kill in save":
+        checkpoint.storage._commit = save
+
+
+def hurt(kind: str) -> None:
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "crash":
+        raise RuntimeError("injected")
+    elif kind in ("SIGTERM", "SIGUSR1"):
+        os.kill(os.getpid(), getattr(signal, kind))
+    elif kind == "sleep":
+        time.sleep(ASLEEP)
+    elif kind == "out of memory":
+        torch.empty(2**58)
+
+
+def main() -> None:
+    """`torchrun tests/faults.py KIND STEP RANK ARGUMENTS`: the fault happens in the first start only, and not after
+    torchrun has restarted the ranks."""
+    kind, step, rank, *arguments = sys.argv[1:]
+    is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    sys.exit(run(arguments, dict(kind=kind, step=int(step), rank=int(rank)) if is_first and kind != "none" else {}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""What a run does when something fails. Each test injects one fault, and is one line of docs/faults.md, which
+`pytest tests/test_faults.py --write-docs` writes: the fault is the test's name, what follows its docstring.
+
+(Damaged checkpoints and failed saves are in test_checkpoints.py; scripts/fault_sweep.py kills many times.)
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import exit_codes, start
+from runs import TINY, argv, options, read_metrics, write_ragged_text
+
+from training.signals import EXIT_PREEMPTED
+
+STEPS = 8
+RUN = options(
+    training__steps=STEPS, lr_scheduler__warmup_steps=2, checkpoint__enable="true", checkpoint__interval=2,
+    training__local_batch_size=1, comm__timeout_seconds=60,
+)  # fmt: skip
+ASYNC = options(checkpoint__async_mode="async")
+TRAIN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+
+
+class Job:
+    """One dump folder, in which runs are started."""
+
+    def __init__(self, folder: Path, text: dict[str, str]):
+        self.folder, self.text, self.output = folder, text, folder / "output.txt"
+
+    def argv(self, *settings) -> list[str]:
+        return argv(TINY, {"job.dump_folder": str(self.folder / "run")}, self.text, RUN, *settings)
+
+    def run(self, ranks: int, *settings, fault: dict | None = None) -> list[int]:
+        return exit_codes(start(ranks, self.argv(*settings), str(self.output), fault))
+
+    @property
+    def lines(self) -> list[str]:
+        return self.output.read_text().splitlines()
+
+    @property
+    def rows(self) -> list[tuple]:
+        """What must not change from run to run, of each step, as it was done last."""
+        rows = read_metrics(self.folder / "run")
+        return list(
+            {r["step"]: (r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens_seen"]) for r in rows}.values()
+        )
+
+    @property
+    def saved(self) -> list[str]:
+        return sorted(os.listdir(self.folder / "run" / "checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    return options(data__path=write_ragged_text(folder), data__cache_folder=folder / "cache")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text):
+    job = Job(tmp_path_factory.mktemp("undisturbed"), text)
+    assert job.run(2) == [0, 0], job.lines
+    return job.rows
+
+
+@pytest.fixture
+def job(tmp_path, text):
+    return Job(tmp_path, text)
+
+
+# ------------------------------------------------------------------------------------------------ ranks that are lost
+
+
+def test_kill_9_of_one_rank(job, undisturbed):
+    """The other ranks end within seconds; the next start resumes from the last complete checkpoint, and its losses are
+    an undisturbed run's to the last bit."""
+    processes = start(2, job.argv(), str(job.output), dict(kind="kill", step=6, rank=1))
+    processes[1].join(60)
+    killed = time.monotonic()
+    assert exit_codes(processes) == [1, -signal.SIGKILL] and time.monotonic() - killed < 10, job.lines
+    assert job.run(2) == [0, 0] and "resumed at step 4" in "\n".join(job.lines)
+    assert job.rows == undisturbed
+
+
+@pytest.mark.parametrize("mode", ["disabled", "async"])
+def test_kill_9_of_all_ranks_during_a_save(mode, job, undisturbed):
+    """The unfinished folder is no checkpoint, and is removed; the run resumes from the one before, as above. So with
+    asynchronous saves."""
+    settings = options(checkpoint__async_mode=mode)
+    processes = start(2, job.argv(settings), str(job.output), dict(kind="kill in save", step=4))
+    processes[0].join(60)
+    for process in processes:
+        process.kill()
+    exit_codes(processes)
+    assert job.saved == ["incomplete-step-4", "step-2"]
+    assert job.run(2, settings) == [0, 0] and "resumed at step 2" in "\n".join(job.lines)
+    assert job.rows == undisturbed and job.saved == ["step-2", "step-4", "step-6", "step-8"]
+
+
+def test_resume_three_times_on_other_ranks_and_layouts(job, undisturbed):
+    """Killed and resumed on 2, 1, 4 and 2 ranks, with tensor and pipeline parallelism: equal to 1e-9."""
+    pipeline = options(parallelism__pipeline_parallel_degree=2, training__local_batch_size=4)
+    for ranks, settings, step in (
+        (2, {}, 3),
+        (1, {}, 3),
+        (4, options(parallelism__tensor_parallel_degree=2), 3),
+        (2, pipeline, None),
+    ):
+        job.run(ranks, settings, fault=dict(kind="kill", step=step, rank=ranks - 1) if step else None)
+    assert [line.split(" (")[0] for line in job.lines if line.startswith("resumed")] == [
+        "resumed at step 2",
+        "resumed at step 4",
+        "resumed at step 6",
+    ]
+    for row, expected in zip(job.rows, undisturbed, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_rank_asleep_in_a_collective(job):
+    """The collective ends after comm.timeout_seconds, the run with it, with a line that says so; the stack of each rank
+    is in the dump folder, and names the function that slept."""
+    settings = options(comm__timeout_seconds=4)
+    began = time.monotonic()
+    codes = exit_codes(start(2, job.argv(settings), str(job.output), dict(kind="sleep", step=3, rank=1)))
+    assert codes == [1, 1] and time.monotonic() - began < 60
+    assert any(line.startswith("error: rank 0 failed") and "comm.timeout_seconds" in line for line in job.lines)
+    stacks = [(job.folder / "run" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert " in hurt" in stacks[1] and "rank 1: rank 0 failed" in stacks[1] and "Current thread" in stacks[0]
+
+
+def test_restart_by_torchrun(job, undisturbed):
+    """A rank crashes, `torchrun --max-restarts` starts all again, and they resume by themselves."""
+    command = [*TRAIN, "--standalone", "--max-restarts=1", "tests/faults.py", "crash", "6", "1", *job.argv()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
+    assert "error: rank 1 failed: RuntimeError: injected" in done.stderr
+    assert job.rows == undisturbed
+
+
+# ------------------------------------------------------------------------------------------------ preemption
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank(name, job, undisturbed):
+    """All ranks save after the same step and exit with status 75; the next start goes on from there. So with
+    asynchronous saves."""
+    settings = ASYNC if name == "SIGUSR1" else {}
+    assert job.run(2, settings, fault=dict(kind=name, step=3, rank=1)) == [EXIT_PREEMPTED] * 2, job.lines
+    assert any(line == f"{name} ended the run after step 4, which is saved" for line in job.lines), job.lines
+    assert job.run(2, settings) == [0, 0] and job.rows == undisturbed
+
+
+def test_sigterm_to_the_whole_process_group_with_data_workers(job, undisturbed):
+    """torchrun, its ranks and their data workers all get it: the workers live on, the ranks save and end."""
+    settings = options(data__num_workers=1, training__steps=100000, metrics__log_freq=1)
+    command = [*TRAIN, "--standalone", "train.py", *job.argv(settings)]
+    with open(job.output, "w") as file:
+        torchrun = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
+    deadline = time.monotonic() + 90
+    while not any(line.startswith("step ") for line in job.lines) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(torchrun.pid, signal.SIGTERM)
+    torchrun.wait(60)
+    (ended,) = [line for line in job.lines if line.startswith("SIGTERM ended the run after step ")]
+    step = int(ended.split()[6].rstrip(","))
+    assert ended.endswith("which is saved") and f"step-{step}" in job.saved
+    assert not any("Traceback" in line and "rank" in line for line in job.lines), job.lines
+
+
+# ------------------------------------------------------------------------------------------------ bad numbers, memory
+
+
+@pytest.mark.parametrize("kind", ["nan gradient", "nan forward", "infinite loss"])
+def test_not_finite_on_one_rank(kind, job):
+    """NaN in one rank's gradient or activations, or an infinite loss: all ranks end before the optimizer's step, and
+    one line names the step, the rank whose loss it was, and the first parameter; the last checkpoint is good."""
+    assert job.run(2, fault=dict(kind=kind, step=3, rank=1)) == [1, 1]
+    (line,) = [line for line in job.lines if line.startswith("error")]
+    assert line.startswith("error: step 3: the gradient's norm is nan") and line.endswith("no weight was changed.")
+    assert ("rank 1's loss is" in line) == (kind != "nan gradient") and "rank 0's loss" not in line
+    assert "gradient is not finite is tok_embeddings.weight (rank 0)" in line
+    assert job.saved == ["step-2"] and not any("Traceback" in line for line in job.lines)
+
+
+def test_not_finite_and_skipped(job):
+    """With training.max_skipped_steps such a step changes nothing, is counted in the metrics, and the run goes on."""
+    settings = options(training__max_skipped_steps=1)
+    assert job.run(2, settings, fault=dict(kind="nan forward", step=3, rank=1)) == [0, 0], job.lines
+    rows = read_metrics(job.folder / "run")
+    assert [row["skipped_steps"] for row in rows] == [0, 0] + [1] * (STEPS - 2)
+    assert rows[2]["loss"] is None and all(row["loss"] for row in rows[3:])
+    assert any(line.startswith("WARNING: step 3:") for line in job.lines)
+
+
+def test_out_of_memory(job):
+    """One line says what to change."""
+    assert job.run(2, fault=dict(kind="out of memory", step=2, rank=1)) == [1, 1]
+    (line,) = [line for line in job.lines if line.startswith("error")]
+    assert "rank 1 failed" in line and "lower training.local_batch_size" in line
+
+
+# ------------------------------------------------------------------------------------------------ jobs and hosts
+
+
+def test_two_jobs_in_one_folder(job):
+    """The second is refused with one line that says which process has the folder; if that is killed, it is free."""
+    processes = start(1, job.argv(), str(job.output), dict(kind="sleep", step=2))
+    while not (job.folder / "run" / "metrics.jsonl").exists() or not read_metrics(job.folder / "run"):
+        assert processes[0].is_alive(), job.lines
+        time.sleep(0.1)
+    second = Job(job.folder, job.text)
+    second.output = job.folder / "second.txt"
+    assert second.run(2) == [1, 1]
+    (line,) = [line for line in second.lines if line.startswith("error")]
+    assert f"another run is using job.dump_folder {job.folder / 'run'} (process {processes[0].pid} on " in line
+    processes[0].kill()
+    assert job.run(2) == [0, 0]
+
+
+class TwoHosts:
+    """Two network namespaces with a cable between them: two hosts, for whatever runs in them."""
+
+    NAMES, ADDRESSES = ("nano-train-0", "nano-train-1"), ("10.77.0.1", "10.77.0.2")
+
+    def ip(self, command: str) -> None:
+        subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+    def __enter__(self) -> "TwoHosts":
+        for name in self.NAMES:
+            self.ip(f"netns add {name}")
+        self.ip(f"link add nt0 netns {self.NAMES[0]} type veth peer name nt1 netns {self.NAMES[1]}")
+        for i, (name, address) in enumerate(zip(self.NAMES, self.ADDRESSES, strict=True)):
+            self.ip(f"-n {name} addr add {address}/24 dev nt{i}")
+            self.ip(f"-n {name} link set nt{i} up")
+            self.ip(f"-n {name} link set lo up")
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name in self.NAMES:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def torchrun(self, i: int, arguments: list[str], output: Path) -> subprocess.Popen:
+        where = ["ip", "netns", "exec", self.NAMES[i], "env", f"GLOO_SOCKET_IFNAME=nt{i}"]
+        to = [f"--rdzv_endpoint={self.ADDRESSES[0]}:29500", "--rdzv_backend=c10d", f"--local_addr={self.ADDRESSES[i]}"]
+        with open(output, "w") as file:
+            command = [*where, *TRAIN, "--nnodes=2", *to, "train.py", *arguments]
+            return subprocess.Popen(command, stdout=file, stderr=file)
+
+
+def test_two_hosts(job, undisturbed):
+    """torchrun on two hosts (network namespaces with a cable between them), 2 ranks each, is the run of one host: equal
+    to 1e-9."""
+    hosts = TwoHosts()
+    try:
+        hosts.__enter__()
+    except (OSError, subprocess.CalledProcessError) as error:
+        hosts.__exit__()
+        pytest.skip(f"this machine cannot make network namespaces: {getattr(error, 'stderr', error)}")
+    try:
+        outputs = [job.folder / f"host-{i}.txt" for i in (0, 1)]
+        runs = [hosts.torchrun(i, job.argv(), outputs[i]) for i in (0, 1)]
+        assert [run.wait(150) for run in runs] == [0, 0], [output.read_text() for output in outputs]
+    finally:
+        for run in runs:
+            run.kill()
+        hosts.__exit__()
+    for row, expected in zip(job.rows, undisturbed, strict=True):
+        assert row == pytest.approx(expected, rel=1e-9)
