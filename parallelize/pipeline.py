@@ -60,6 +60,12 @@ def split_into_stages(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stag
             f"{schedule} cuts each backward in two, which cannot be where the last stage uses the embedding at several "
             f"depths: model.n_mtp_layers is {args.n_mtp_layers}, model.tie_embeddings {tied}; use Interleaved1F1B."
         )
+    if schedule in SPLIT_BACKWARD and args.n_mtp_layers and torch.__version__ < "2.12":
+        # Sharded by FSDP, the last stage's copy of the embedding would lose its gradient (seen in 2.11, not in 2.13).
+        raise ValueError(
+            f"{schedule} with multi-token prediction (model.n_mtp_layers {args.n_mtp_layers}) needs torch 2.12: in "
+            f"{torch.__version__} a gradient of the embedding is lost; use Interleaved1F1B."
+        )
     num_stages = per_rank * mesh.size()
     if num_stages > args.n_layers:
         raise ValueError(

@@ -77,8 +77,12 @@ class Layout:
         return ", ".join([degrees, *(v for v in named.values() if v), *options])
 
     @property
-    def is_v_shaped(self) -> bool:
-        return self.options.get("parallelism.pipeline_parallel_schedule") in ("ZBVZeroBubble", "DualPipeV")
+    def needs_torch_2_12(self) -> bool:
+        """Before it gloo cannot send to its own rank, and a V has neighbouring stages on one; and where backward is cut
+        in two, the last stage's embedding loses its gradient."""
+        schedule = self.options.get("parallelism.pipeline_parallel_schedule")
+        further = int(MODELS[self.model].get("model.n_mtp_layers", 0))
+        return schedule in ("ZBVZeroBubble", "DualPipeV") or (schedule == "InterleavedZeroBubble" and further > 0)
 
     def settings(self) -> dict[str, str]:
         ranks_that_read = self.degrees["replicate"] * self.degrees["fsdp"]

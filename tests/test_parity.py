@@ -22,8 +22,7 @@ from training.distributed import init_distributed
 
 BATCH_OF_RUNS = 8  # layouts that one set of processes trains: torch's caches stay warm, its process groups pile up
 DOCS = Path(__file__).parent.parent / "docs" / "layouts.md"
-# gloo cannot send to its own rank before 2.12, and a V has neighbouring stages on one.
-V_IS_REFUSED = torch.__version__ < "2.12"
+IS_OLD = torch.__version__ < "2.12"
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +44,7 @@ def trained(request, tmp_path_factory, text):
     """A function: layout's name -> its run. It trains several of the layouts that were selected together."""
     folder, runs = tmp_path_factory.mktemp("layouts"), {}
     selected = [i.callspec.params["name"] for i in request.session.items if i.originalname == test_layout.__name__]
-    waiting = [name for name in selected if not (V_IS_REFUSED and LAYOUTS[name].is_v_shaped)]
+    waiting = [name for name in selected if not (IS_OLD and LAYOUTS[name].needs_torch_2_12)]
 
     def get(name: str) -> dict:
         if name not in runs:
@@ -124,7 +123,7 @@ parameters, of any gradient's and any weight's element, relative to that tensor'
 def test_layout(name, trained, references, proven):
     """Loss, every gradient, gradient norm and weights equal one process's, with the same global batch, whatever the
     ranks, the way they are used and the number of microbatches."""
-    if V_IS_REFUSED and LAYOUTS[name].is_v_shaped:
+    if IS_OLD and LAYOUTS[name].needs_torch_2_12:
         with pytest.raises(AssertionError, match=r"needs torch 2\.12"):
             trained(name)
         return
