@@ -14,4 +14,12 @@ pytest.register_assert_rewrite("traffic")  # so that what differs is shown
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-docs", action="store_true", help="write docs/layouts.md from what test_parity.py proves")
+    parser.addoption("--write-docs", action="store_true", help="write docs/*.md from what tests prove")
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--write-docs"):
+        import fault_table
+
+        reports = session.config.pluginmanager.get_plugin("terminalreporter").stats
+        fault_table.write({report.nodeid.split("[")[0] for report in reports.get("passed", ())})

@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fault_table import fault
 from ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -211,6 +212,7 @@ def found(tmp_path_factory):
     return run_ranks(2, damaged, str(tmp_path_factory.mktemp("damaged")))[0]
 
 
+@fault("checkpoint: {damage}")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint(damage, found):
     """Reported with the file's name, renamed `corrupt-step-N`, skipped; the newest intact one is used. Asked for by
@@ -218,6 +220,7 @@ def test_damaged_checkpoint(damage, found):
     assert DAMAGE[damage][1] in found[damage]
 
 
+@fault("hostile checkpoint to start from or to export")
 def test_hostile_weights_to_start_from_and_to_export(tmp_path):
     """initial_load_path and scripts/export_hf.py refuse a hostile .metadata, whose payload does not run."""
     folder = Path(whole_model(tmp_path))
@@ -308,6 +311,7 @@ def failed(tmp_path_factory):
         subprocess.run(["umount", "-l", bound], capture_output=True)
 
 
+@fault("save: {fault}")
 @pytest.mark.parametrize(
     "fault, message",
     [
@@ -379,6 +383,7 @@ def results(tmp_path_factory):
     return run_ranks(2, kept, str(tmp_path_factory.mktemp("kept")))[0]
 
 
+@fault("weights change during an asynchronous save")
 def test_an_asynchronous_save_is_of_its_moment(results):
     """Weights that change while a save is under way do not get into it, and nothing is committed before it is done."""
     assert results["waited"] < 5

@@ -11,7 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import fault_table
 import pytest
+from fault_table import fault
 from faults import exit_codes, start
 from runs import TINY, argv, options, read_metrics, write_ragged_text
 
@@ -76,6 +78,7 @@ def job(tmp_path, text):
 # ------------------------------------------------------------------------------------------------ ranks that are lost
 
 
+@fault("kill -9 of one rank")
 def test_kill_9_of_one_rank(job, undisturbed):
     """The other ranks end within seconds; the next start resumes from the last complete checkpoint, and its losses are
     an undisturbed run's to the last bit."""
@@ -87,6 +90,7 @@ def test_kill_9_of_one_rank(job, undisturbed):
     assert job.rows == undisturbed
 
 
+@fault("kill -9 of all ranks during a save (async_mode {mode})")
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_kill_9_of_all_ranks_during_a_save(mode, job, undisturbed):
     """The unfinished folder is no checkpoint, and is removed; the run resumes from the one before, as above. So with
@@ -102,6 +106,7 @@ def test_kill_9_of_all_ranks_during_a_save(mode, job, undisturbed):
     assert job.rows == undisturbed and job.saved == ["step-2", "step-4", "step-6", "step-8"]
 
 
+@fault("killed three times in a row, resumed on fewer and more ranks and in other layouts")
 def test_resume_three_times_on_other_ranks_and_layouts(job, undisturbed):
     """Killed and resumed on 2, 1, 4 and 2 ranks, with tensor and pipeline parallelism: equal to 1e-9."""
     pipeline = options(parallelism__pipeline_parallel_degree=2, training__local_batch_size=4)
@@ -121,6 +126,7 @@ def test_resume_three_times_on_other_ranks_and_layouts(job, undisturbed):
         assert row == pytest.approx(expected, rel=1e-9)
 
 
+@fault("a rank asleep, the others in a collective")
 def test_a_rank_asleep_in_a_collective(job):
     """The collective ends after comm.timeout_seconds, the run with it, with a line that says so; the stack of each rank
     is in the dump folder, and names the function that slept."""
@@ -133,6 +139,7 @@ def test_a_rank_asleep_in_a_collective(job):
     assert " in hurt" in stacks[1] and "rank 1: rank 0 failed" in stacks[1] and "Current thread" in stacks[0]
 
 
+@fault("a rank crashes under torchrun --max-restarts")
 def test_restart_by_torchrun(job, undisturbed):
     """A rank crashes, `torchrun --max-restarts` starts all again, and they resume by themselves."""
     command = [*TRAIN, "--standalone", "--max-restarts=1", "tests/faults.py", "crash", "6", "1", *job.argv()]
@@ -145,6 +152,7 @@ def test_restart_by_torchrun(job, undisturbed):
 # ------------------------------------------------------------------------------------------------ preemption
 
 
+@fault("{name} to one rank")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_one_rank(name, job, undisturbed):
     """All ranks save after the same step and exit with status 75; the next start goes on from there. So with
@@ -155,6 +163,7 @@ def test_a_signal_to_one_rank(name, job, undisturbed):
     assert job.run(2, settings) == [0, 0] and job.rows == undisturbed
 
 
+@fault("SIGTERM to torchrun, ranks and data workers")
 def test_sigterm_to_the_whole_process_group_with_data_workers(job, undisturbed):
     """torchrun, its ranks and their data workers all get it: the workers live on, the ranks save and end."""
     settings = options(data__num_workers=1, training__steps=100000, metrics__log_freq=1)
@@ -175,6 +184,7 @@ def test_sigterm_to_the_whole_process_group_with_data_workers(job, undisturbed):
 # ------------------------------------------------------------------------------------------------ bad numbers, memory
 
 
+@fault("one rank: {kind}")
 @pytest.mark.parametrize("kind", ["nan gradient", "nan forward", "infinite loss"])
 def test_not_finite_on_one_rank(kind, job):
     """NaN in one rank's gradient or activations, or an infinite loss: all ranks end before the optimizer's step, and
@@ -187,6 +197,7 @@ def test_not_finite_on_one_rank(kind, job):
     assert job.saved == ["step-2"] and not any("Traceback" in line for line in job.lines)
 
 
+@fault("NaN on one rank, skipping allowed")
 def test_not_finite_and_skipped(job):
     """With training.max_skipped_steps such a step changes nothing, is counted in the metrics, and the run goes on."""
     settings = options(training__max_skipped_steps=1)
@@ -197,6 +208,7 @@ def test_not_finite_and_skipped(job):
     assert any(line.startswith("WARNING: step 3:") for line in job.lines)
 
 
+@fault("out of memory")
 def test_out_of_memory(job):
     """One line says what to change."""
     assert job.run(2, fault=dict(kind="out of memory", step=2, rank=1)) == [1, 1]
@@ -207,6 +219,7 @@ def test_out_of_memory(job):
 # ------------------------------------------------------------------------------------------------ jobs and hosts
 
 
+@fault("two jobs in one dump folder")
 def test_two_jobs_in_one_folder(job):
     """The second is refused with one line that says which process has the folder; if that is killed, it is free."""
     processes = start(1, job.argv(), str(job.output), dict(kind="sleep", step=2))
@@ -216,7 +229,7 @@ def test_two_jobs_in_one_folder(job):
     second = Job(job.folder, job.text)
     second.output = job.folder / "second.txt"
     assert second.run(2) == [1, 1]
-    (line,) = [line for line in second.lines if line.startswith("error")]
+    (line,) = [line for line in second.lines if line.startswith("error:")]
     assert f"another run is using job.dump_folder {job.folder / 'run'} (process {processes[0].pid} on " in line
     processes[0].kill()
     assert job.run(2) == [0, 0]
@@ -247,11 +260,13 @@ class TwoHosts:
     def torchrun(self, i: int, arguments: list[str], output: Path) -> subprocess.Popen:
         where = ["ip", "netns", "exec", self.NAMES[i], "env", f"GLOO_SOCKET_IFNAME=nt{i}"]
         to = [f"--rdzv_endpoint={self.ADDRESSES[0]}:29500", "--rdzv_backend=c10d", f"--local_addr={self.ADDRESSES[i]}"]
+        to.append(f"--rdzv_conf=is_host={int(i == 0)}")  # the namespaces have one host name, and no name server
         with open(output, "w") as file:
             command = [*where, *TRAIN, "--nnodes=2", *to, "train.py", *arguments]
             return subprocess.Popen(command, stdout=file, stderr=file)
 
 
+@fault("two hosts (no fault)")
 def test_two_hosts(job, undisturbed):
     """torchrun on two hosts (network namespaces with a cable between them), 2 ranks each, is the run of one host: equal
     to 1e-9."""
@@ -271,3 +286,8 @@ def test_two_hosts(job, undisturbed):
         hosts.__exit__()
     for row, expected in zip(job.rows, undisturbed, strict=True):
         assert row == pytest.approx(expected, rel=1e-9)
+
+
+def test_docs_list_the_faults():
+    """docs/faults.md is of these faults, and says of each what its test's docstring does."""
+    assert fault_table.listed() == {title: follows for title, (follows, _) in fault_table.faults().items()}

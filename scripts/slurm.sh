@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# One training run on several machines of a SLURM cluster:
+#
+#   sbatch --nodes=4 scripts/slurm.sh --job.config_file configs/llama3_8b.toml --checkpoint.enable true
+#
+# Five minutes before the time limit SLURM sends SIGUSR1 to this script: all ranks save after the step they are in and
+# end, and the job is put into the queue again, where it goes on from that step. So it does from the last checkpoint after
+# a node has failed. job.dump_folder must be on a file system that all machines share.
+#SBATCH --job-name=nano-train
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm-%j.out
+set -uo pipefail
+cd "${SLURM_SUBMIT_DIR:?start this with sbatch}"
+
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+# Each start of the ranks gets a store of its own; the shared one still holds the addresses of those before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# How long torchrun leaves ranks that got SIGTERM to save, in seconds (30 unless it is told).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+
+srun --kill-on-bad-exit=1 torchrun \
+    --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" --max-restarts=3 \
+    --rdzv_id="$SLURM_JOB_ID" --rdzv_backend=c10d --rdzv_endpoint="$head:29500" \
+    train.py "$@" &
+step=$!
+
+# srun hands SIGTERM to every torchrun, and that to its ranks, which it does not restart then.
+is_preempted=false
+trap 'is_preempted=true; kill -TERM "$step"' USR1
+wait "$step"
+status=$?
+if $is_preempted; then
+    wait "$step" # the first one was ended by the signal
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

@@ -1,0 +1,109 @@
+"""docs/faults.md: a line for every fault that test_faults.py and test_checkpoints.py inject, from their docstrings."""
+
+import inspect
+import json
+import platform
+from collections.abc import Callable
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+import torch
+
+DOCS = Path(__file__).parent.parent / "docs"
+MODULES = ("test_faults", "test_checkpoints")
+STALLS = DOCS / "save_stall.txt"
+
+
+def fault(title: str) -> Callable:
+    """Marks a test as one that injects a fault; {name} in the title stands for the parameter of that name."""
+
+    def mark(test: Callable) -> Callable:
+        test.fault = title
+        return test
+
+    return mark
+
+
+def faults() -> dict[str, tuple[str, str]]:
+    """Every fault: what follows from it, and the beginning of its tests' names."""
+    found = {}
+    for module in map(__import__, MODULES):
+        tests = [test for test in vars(module).values() if hasattr(test, "fault")]
+        for test in tests:
+            follows = " ".join(inspect.getdoc(test).split())
+            for values in _parameters(test):
+                found[test.fault.format(**values)] = follows, f"tests/{module.__name__}.py::{test.__name__}"
+    return found
+
+
+def _parameters(test: Callable) -> list[dict]:
+    choices = []
+    for mark in getattr(test, "pytestmark", []):
+        names = [name.strip() for name in mark.args[0].split(",")]
+        rows = mark.args[1]
+        choices.append([dict(zip(names, row if len(names) > 1 else [row], strict=True)) for row in rows])
+    return [{k: v for part in combination for k, v in part.items()} for combination in product(*choices)]
+
+
+def listed() -> dict[str, str]:
+    """The faults of docs/faults.md, and what is said there to follow."""
+    rows = [line.split(" | ") for line in (DOCS / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    return {cells[0].removeprefix("| "): cells[1] for cells in rows if cells[0] != "| fault"}
+
+
+def write(passed: set[str]) -> None:
+    """Writes docs/faults.md if every fault's test has passed; passed: names of tests, without parameters."""
+    table = faults()
+    if not {test for _, test in table.values()} <= passed:
+        return
+    rows = [f"| {title} | {follows} | `{test.split('::')[1]}` |" for title, (follows, test) in table.items()]
+    sweep = json.loads((DOCS / "fault_sweep.json").read_text())
+    kinds = "\n".join(f"- {kind}: {count}" for kind, count in sweep["by_kind"].items())
+    text = f"""# What a run does when something fails
+
+Written by `pytest tests/test_faults.py tests/test_checkpoints.py --write-docs` on {date.today()}, torch
+{torch.__version__}, {platform.machine()}, gloo: each test injects the faults of its lines, and its docstring says what
+must follow. None of this was run on a GPU: NCCL's flight recorder and copies into pinned memory are set up, not tested.
+
+| fault | what follows | test |
+|---|---|---|
+{chr(10).join(rows)}
+
+## Killed again and again
+
+`python scripts/fault_sweep.py` on {sweep["date"]}, torch {sweep["torch"]}: {sweep["kills"]} kills (SIGKILL) at random
+moments of {sweep["runs"]} runs on {sweep["ranks"]} CPU ranks. Every start resumed from the newest complete checkpoint,
+and the losses and gradient norms of every run equal those of one that was left alone, to the last bit.
+
+{kinds}
+
+## Exit status
+
+| status | meaning |
+|---|---|
+| 0 | the last step is done |
+| 75 | stopped by SIGTERM or SIGUSR1, and saved: start it again |
+| 1 | anything else; the last line says what |
+
+torchrun itself ends with 1 in the last two cases. It leaves ranks 30 s to save after it got SIGTERM; from torch 2.13 on
+`--shutdown_timeout` says how long. SIGUSR1 goes to the ranks (torchrun does not hand it on).
+
+## Several machines
+
+`scripts/slurm.sh` under SLURM; anywhere else, on each of N machines:
+
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # so that a restart does not find the addresses of the ranks before it
+    torchrun --nnodes=N --nproc_per_node=8 --max-restarts=3 --rdzv_id=ANY --rdzv_backend=c10d \\
+        --rdzv_endpoint=FIRST_HOST:29500 train.py --job.config_file configs/x.toml --checkpoint.enable true
+
+`job.dump_folder` must be on a file system that all machines share; a save that rank 0 cannot see whole fails.
+
+## What a save costs
+
+Seconds for which training stands still for a save, against the time until the checkpoint is complete
+(`scripts/save_stall.py`; "disabled": synchronous):
+
+{STALLS.read_text().rstrip()}
+"""
+    (DOCS / "faults.md").write_text(text)
