@@ -34,6 +34,7 @@ from options import save_config
 from parallelize import (
     Mesh,
     SharedEmbedding,
+    allocate,
     build_mesh,
     build_pipeline,
     init_weights,
@@ -105,7 +106,7 @@ def main(config: Config) -> int:
     stages = build_stages(config, model_args, mesh, device.type, log)
     # 2) memory  3) values, the same in any layout
     for stage in stages:
-        stage.to_empty(device="cpu" if training.enable_cpu_offload else device)
+        allocate(stage, device, cpu_offload=training.enable_cpu_offload)
         init_weights(stage, model_args, training.seed)
     shared = SharedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
     named = [item for stage in stages for item in stage.named_parameters()]

@@ -9,7 +9,7 @@ from parallelize.context import apply_context_parallel, shard_sequences
 from parallelize.expert import apply_expert_parallel
 from parallelize.float8 import apply_float8, update_float8_scales
 from parallelize.fsdp import apply_fsdp, set_last_microbatch
-from parallelize.init import init_weights
+from parallelize.init import allocate, init_weights
 from parallelize.mesh import Degrees, Mesh, build_mesh
 from parallelize.pipeline import SharedEmbedding, build_pipeline, split_into_stages
 from parallelize.tensor import apply_tensor_parallel
@@ -18,6 +18,7 @@ __all__ = [
     "Degrees",
     "Mesh",
     "SharedEmbedding",
+    "allocate",
     "apply_float8",
     "build_mesh",
     "build_pipeline",

@@ -14,10 +14,19 @@ from model.init import fill_initial_values
 from parallelize.compat import StridedShard
 
 
+def allocate(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
+    """Memory, without values, for a model on meta. What is counted and learned without a gradient (buffers) is where the
+    tokens are, also when FSDP keeps the weights in CPU memory."""
+    model.to_empty(device="cpu" if cpu_offload else device)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, args: ModelArgs, seed: int) -> None:
     """Writes every parameter's initial values, the same in any layout, and zeros to what is counted and learned
-    without a gradient (buffers); model's memory must exist (`to_empty`)."""
+    without a gradient (buffers); model's memory must exist (`allocate`)."""
     model.tie_weights()
     for buffer in model.buffers():
         buffer.zero_()

@@ -173,9 +173,9 @@ def profiling(folder: Path):
     profiler = profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU])
     count, steps = train.Metrics.count, 0
 
-    def count_and_record(self, tokens):
+    def count_and_record(self, *args):
         nonlocal steps
-        count(self, tokens)
+        count(self, *args)
         steps += 1
         if steps == PROFILED_AFTER:
             synchronize(device)
