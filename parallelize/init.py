@@ -15,8 +15,8 @@ from parallelize.compat import StridedShard
 
 
 def allocate(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
-    """Memory, without values, for a model on meta. What is counted and learned without a gradient (buffers) is where the
-    tokens are, also when FSDP keeps the weights in CPU memory."""
+    """Memory, without values, for a model on meta. What is counted or learned without a gradient (buffers) is where
+    the tokens are, also when FSDP keeps the weights in CPU memory."""
     model.to_empty(device="cpu" if cpu_offload else device)
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):

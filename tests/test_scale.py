@@ -143,7 +143,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
             (result / num_tokens).sum().backward()
             return result.detach().sum()
 
-        return forward_backward
+        return forward_backward, None
 
     def to_lists(sent, received):
         assert sent.shape == received.shape == (EP,)
@@ -173,7 +173,8 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
     arguments = [f"--job.config_file={RECIPE}", f"--job.dump_folder={folder}", f"--data.cache_folder={folder}"]
     arguments += ["--data.dataset=text", f"--data.path={text}", "--data.tokenizer=byte", "--training.steps=1"]
-    config = load_config([*arguments, "--checkpoint.enable=false", "--compile.enable=false"])
+    arguments += ["--checkpoint.enable=false", "--compile.enable=false", "--data.num_workers=0"]
+    config = load_config(arguments)
     replaced = {
         train: (init_distributed, build_stages, build_forward_backward, build_optimizer, clip_grad_norm),
         train.ExpertBalance: (update,),
