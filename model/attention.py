@@ -117,16 +117,16 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`, mask from `DocumentMask` or None."""
-        batch, seq, _ = x.shape
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compresses_queries else self.wq(x)
-        # -1 and not the number of heads: under tensor parallelism a rank holds only some of them.
-        q_nope, q_rope = q.view(batch, seq, -1, sum(self.qk_dims)).split(self.qk_dims, dim=-1)
+        # -1 and not the number of heads: under tensor parallelism a rank holds only some of them (and x is a part of
+        # the sequence that the latents are whole of).
+        q_nope, q_rope = q.unflatten(-1, (-1, sum(self.qk_dims))).split(self.qk_dims, dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
 
         latent, k_rope = self.wkv_a(x).split(self.latent_dims, dim=-1)
         k_rope = apply_rope(k_rope[:, :, None], cos, sin)[:, :, 0]
         latent, k_rope = self.latent(torch.cat((self.kv_norm(latent), k_rope), dim=-1)).split(self.latent_dims, dim=-1)
-        keys_values = self.wkv_b(latent).view(batch, latent.size(1), -1, sum(self.kv_dims))
+        keys_values = self.wkv_b(latent).unflatten(-1, (-1, sum(self.kv_dims)))
         k_nope, v = keys_values.split(self.kv_dims, dim=-1)
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, k_nope.size(2), -1)), dim=-1)
-        return self.wo(self.core(q, k, v, mask).reshape(batch, seq, -1))
+        return self.wo(self.core(q, k, v, mask).flatten(2))

@@ -29,7 +29,7 @@ class MoE(nn.Module):
         """x [B, S, D] -> [B, S, D], and the number of tokens that went to each expert, int64 [E]."""
         scores_TK, experts_TK, counts_E = self.router(x)
         order_R = experts_TK.flatten().argsort(stable=True)  # rows by expert: which copy of a token is where
-        place_R = order_R.argsort()  # and where each copy is
+        place_R = inverse_of(order_R)  # and where each copy is
         rows_RD = Take.apply(x.flatten(0, 1), order_R, place_R, experts_TK.size(1))
         rows_RD = self.experts(rows_RD, counts_E)
         rows_RD = Take.apply(rows_RD, place_R, order_R, 1)
@@ -40,6 +40,11 @@ class MoE(nn.Module):
 def combine(rows_RD: Tensor, scores_TK: Tensor) -> Tensor:
     """Each token's sum of its experts' results, weighted by their scores, in the scores' dtype (float32 at least)."""
     return (rows_RD.unflatten(0, scores_TK.shape) * scores_TK[..., None]).sum(1)
+
+
+def inverse_of(order: Tensor) -> Tensor:
+    """The inverse of a permutation: int64 [R] -> int64 [R]."""
+    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
 
 
 class Take(torch.autograd.Function):

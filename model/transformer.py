@@ -110,7 +110,12 @@ class Transformer(nn.Module):
         mean of its losses, times mtp_loss_weight, is added to the gradient but not to the loss that is returned.
 
         documents [batch, whole seq] (int64) numbers the documents that share a sequence: attention stays in each."""
-        h = x if x.is_floating_point() else self.tok_embeddings(x)
+        # All tokens in one look-up: what is communicated for the embedding is communicated once.
+        ids = [] if x.is_floating_point() else [x]
+        if self.output is not None and mtp_tokens is not None:
+            ids += mtp_tokens.unbind(-1)
+        embedded = list(self.tok_embeddings(torch.cat(ids)).chunk(len(ids))) if ids else []
+        h = x if x.is_floating_point() else embedded.pop(0)
         cos, sin = rope_cos_sin(positions, self.args)
         mask = None
         if documents is not None:
@@ -121,8 +126,7 @@ class Transformer(nn.Module):
         if self.output is None or labels is None:
             return self.output(h) if self.output is not None else h
         streams, targets = [h], [labels]
-        for k, layer in enumerate(self.mtp.values() if mtp_labels is not None else ()):
-            embedding = self.tok_embeddings(mtp_tokens[..., k])
+        for k, (layer, embedding) in enumerate(zip(self.mtp.values(), embedded, strict=bool(embedded))):
             streams.append(self._counted(layer.block.moe, *layer(streams[-1], embedding, cos, sin, mask)))
             targets.append(mtp_labels[..., k])
         # Once, with everything: what is communicated for the head is communicated once.

@@ -68,7 +68,7 @@ def parallelize(
         )
     apply_activation_checkpoint(stage, mode=recompute_mode, selective=recompute_option, memory_budget=memory_budget)
     if compile_backend is not None:
-        apply_compile(stage, backend=compile_backend, experts_apart=experts_apart)
+        apply_compile(stage, backend=compile_backend, param_dtype=param_dtype, experts_apart=experts_apart)
     apply_fsdp(
         stage,
         mesh.data_parallel,

@@ -2,6 +2,11 @@
 
 import torch.distributed as dist
 
+# Norms of many tensors in one pass, and their scaling: torch.nn.utils.get_total_norm is public, but computes the norm
+# of bfloat16 gradients in bfloat16.
+from torch import _foreach_mul_ as foreach_mul_
+from torch import _foreach_norm as foreach_norm
+
 # The only all-to-all that autograd and the compiler understand: torch.distributed's public one is neither.
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
@@ -9,7 +14,14 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 # the public Shard does not cover it. Needed to know which elements a rank holds.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = ["StridedShard", "all_to_all_single_autograd", "enable_micro_pipelining", "set_activation_memory_budget"]
+__all__ = [
+    "StridedShard",
+    "all_to_all_single_autograd",
+    "enable_micro_pipelining",
+    "foreach_mul_",
+    "foreach_norm",
+    "set_activation_memory_budget",
+]
 
 
 def enable_micro_pipelining(group: dist.ProcessGroup) -> None:

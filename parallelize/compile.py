@@ -20,25 +20,30 @@ import torch
 from torch import nn
 
 
-def apply_compile(model: nn.Module, *, backend: str, experts_apart: bool = False) -> None:
+def apply_compile(
+    model: nn.Module, *, backend: str, param_dtype: torch.dtype = torch.bfloat16, experts_apart: bool = False
+) -> None:
     """Compiles every block of model and its loss, in place, at their first call; after recomputation and before FSDP.
-    Of a mixture whose experts FSDP shards apart, the parts. ValueError for a backend that torch does not know."""
+    Of a mixture whose experts FSDP shards apart, or computed in another type (param_dtype) than the compiler's grouped
+    product has, the parts. ValueError for a backend that torch does not know."""
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends())
         raise ValueError(f'compile.backend ("{backend}") must be one of {known}; to debug, aot_eager or eager.')
     options = dict(fullgraph=True, dynamic=False, backend=backend)
+    compiles_experts = param_dtype == torch.bfloat16
     for block in model.blocks().values():
-        if block.moe is None or not experts_apart:
+        moe = block.moe
+        if moe is None or (compiles_experts and not experts_apart):
             block.compile(**options)
             continue
         # FSDP's hooks on the experts, and the wait for the sizes of what arrives, are in the middle of the block.
-        moe = block.moe
         for module in (block.attention, moe.router, moe.shared_experts):
             if module is not None:
                 module.compile(**options)
         moe.combine = torch.compile(moe.combine, **options)
-        # How many rows arrive is another number each time.
-        moe.experts.compile(**options | dict(dynamic=True))
+        if compiles_experts:
+            # How many rows arrive is another number each time.
+            moe.experts.compute = torch.compile(moe.experts.compute, **options | dict(dynamic=True))
     if model.output is not None:
         # The loss of a chunk, in two parts: between them, ranks that share the vocabulary exchange what they found.
         core = model.output.core

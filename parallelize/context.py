@@ -18,7 +18,9 @@ leaves it, H of queries and K of keys and values; in elements, of param_dtype's 
                 b (2H + 2K) d (C-1)/C in forward, in one all-to-all of H + 2K heads and one of H, and the same in
                 backward, and holds no more than it would alone. C must divide H and K.
 
-With H = 4K, allgather receives less up to C = 5, and alltoall beyond; memory is alltoall's case at any C.
+With H = 4K, allgather receives less up to C = 5, and alltoall beyond; memory is alltoall's case at any C. In latent
+attention K = H, and d is d_qk for a query or key and d_v for a value: allgather receives b H (d_qk + d_v) (C-1) a layer
+in each direction, alltoall b H (2 d_qk + 2 d_v) (C-1)/C.
 
     latent      For multi-head latent attention: allgather, but of the latents that keys and values are made from, with
                 the key that has RoPE: per layer b (kv_lora_rank + qk_rope_head_dim) (C-1) in forward and the same in
@@ -28,7 +30,7 @@ With H = 4K, allgather receives less up to C = 5, and alltoall beyond; memory is
 Torch's own ring attention (torch.distributed.tensor.experimental) is not among them: it replaces
 F.scaled_dot_product_attention for the whole process, works on CUDA alone, and is not among the stable API.
 
-Proof: tests/test_parity.py; the bytes: tests/test_communication.py.
+Proof: tests/test_parity.py; the bytes: tests/test_communication.py and test_communication_of_mixtures.py.
 """
 
 import torch

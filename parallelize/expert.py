@@ -15,15 +15,23 @@ tensor parallelism. What remains of those ranks, efsdp = dp_shard x cp x tp / E_
 
 Per layer and microbatch, for a rank's R rows (its tokens x experts a token) of dim D, E experts, E_p = degree:
 
-    forward     1 all-to-all of E counts (int64), 2 of rows: R D elements sent, on average as many received
-    backward    2 of rows (the gradients); where the block is recomputed, the forward's again
+    forward     1 all-to-all of E counts (int64): a rank receives 8 E (E_p-1)/E_p bytes
+                2 all-to-alls of rows, in param_dtype: there with the rows of its experts that others have, back with
+                the results of its rows that went to others; R D (E_p-1)/E_p elements each if all experts get equally
+                many
+    backward    2 of rows: the gradients of the way back and of the way there, as many as those
+                where the whole block is recomputed, the forward's 3 again
+
+For the balance loss, which is of whole sequences, one all-reduce of batch x E counts (int64) over cp x tp, per layer
+and forward. The once-a-step sum of counts is training/balance.py's; experts' weights are fsdp.py's: P elements of the
+E / E_p experts over efsdp.
 
 What waits: the sizes of what arrives must be known on the CPU, so once a layer and forward it waits for the router and
 for the counts' exchange (the backward knows them). While it waits it cannot issue the next weights' all-gather, so
-`fsdp.py` issues that before: attention's weights bring the experts', those the next block's. No token is ever dropped:
-buffers have just the size that is needed, and a rank may receive none.
+`fsdp.py` issues it before: a block's weights bring its experts' and the next block's. No token is ever dropped: buffers
+have just the size that is needed, and a rank may receive none.
 
-Proof: tests/test_experts.py; the bytes: tests/test_communication.py.
+Proof: tests/test_parity.py; the bytes: tests/test_communication_of_mixtures.py.
 """
 
 import torch
@@ -33,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from model.args import ModelArgs
-from model.moe import Take
+from model.moe import Take, inverse_of
 from parallelize.compat import all_to_all_single_autograd
 from parallelize.styles import LocalWeights, SumOverRanks
 
@@ -72,7 +80,7 @@ class TokenExchange:
             expert = torch.arange(num_experts, device=rows.device).repeat(self.size)
             expert = expert.repeat_interleave(received_PE.flatten(), output_size=sum(self.received))
             self.order = expert.argsort(stable=True)
-            self.place = self.order.argsort()
+            self.place = inverse_of(self.order)
         rows = all_to_all_single_autograd(rows, self.received, self.sent, self.group)
         return Take.apply(rows, self.order, self.place, 1), received_PE.sum(0)
 

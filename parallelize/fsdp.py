@@ -12,14 +12,16 @@ Weights are communicated in groups: each block, the embedding, the head with the
 head's), what a block of multi-token prediction has besides. For each group of P elements (rows of its weights rounded
 up to a multiple of N), of b bytes in param_dtype and s in reduce_dtype, with M microbatches a step:
 
-    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and the head;
-                    1 for each when weights are not freed after forward
+    fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and the head,
+                    whatever the number of further tokens; 1 for each when weights are not freed after forward
                     M reduce-scatters, P s (N-1)/N each
     dp_replicate    when R > 1, one all-reduce of the gradient's shard: 2 P/N s (R-1)/R
 
 On gloo the first two are messages: to each other rank and from each, the same bytes (see `parallelize/gloo.py`).
 
-Proof: tests/test_parity.py; the bytes: tests/test_communication.py.
+Experts that are a group of their own count as a block, with efsdp's ranks for N. Recomputation gathers nothing more.
+
+Proof: tests/test_parity.py; the bytes: tests/test_communication.py and test_communication_of_mixtures.py.
 """
 
 import torch
@@ -81,12 +83,12 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             # The loss is divided once, by the whole step's tokens: every reduction is a plain sum. Neither call
-            # recurses, and gloo has no pre-multiplied sum to fall back on.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            own_mesh = (
-                expert_mesh if isinstance(module, Experts) else mesh
-            )  # their module is one only if they are apart
+            # recurses, and gloo has no pre-multiplied sum to fall back on. (One rank has nothing to divide by, and told
+            # to divide by 1 it copies every gradient once more.)
+            own_mesh = expert_mesh if expert_mesh is not None and isinstance(module, Experts) else mesh
+            if own_mesh.size() > 1:
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
             is_gloo = mesh.device_type == "cpu" and dist.get_backend(own_mesh.get_group(own_mesh.ndim - 1)) == "gloo"
             if own_mesh.size(-1) > 1 and is_gloo:
                 use_direct_messages(module)
@@ -94,12 +96,17 @@ def apply_fsdp(
 
 
 def _placement_of_experts(block: nn.Module, ranks: int):
-    """Experts are cut by number, or where there are more ranks than experts, along each matrix's rows."""
+    """Experts are cut by number, or where there are more ranks than experts, along each matrix's rows or columns."""
     experts = set() if block.moe is None else set(block.moe.experts.parameters())
     local_experts = min((_local(p).size(0) for p in experts), default=0)
 
     def place(parameter: nn.Parameter) -> Shard | None:
-        return Shard(1) if parameter in experts and local_experts < ranks else None
+        if parameter not in experts or local_experts >= ranks:
+            return None
+        # FSDP cuts only the first dimension in unequal parts: what neither divides is cut by number after all, and the
+        # ranks past the last expert hold nothing.
+        even = [dim for dim in (1, 2) if parameter.size(dim) % ranks == 0]
+        return Shard(even[0]) if even else None
 
     return place
 
@@ -109,9 +116,10 @@ def _prefetch_around_dispatch(blocks: list[nn.Module]) -> None:
     what is to be gathered meanwhile must have been issued before. (In backward nothing waits.)"""
     for block, following in zip(blocks, [*blocks[1:], None], strict=True):
         if block.moe is not None and isinstance(block.moe.experts, FSDPModule):
-            block.set_modules_to_forward_prefetch([block.moe.experts])
-            if following is not None:
-                block.moe.experts.set_modules_to_forward_prefetch([following])
+            # Both by the block: its hook does nothing when it is recomputed, but the experts' would, and gather again
+            # the block whose backward is done.
+            following = [following] if following is not None else []
+            block.set_modules_to_forward_prefetch([block.moe.experts, *following])
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,8 @@
 No communication, and no rank ever makes a whole parameter. The values themselves are `model/init.py`'s matter.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
@@ -26,11 +28,17 @@ def init_weights(model: nn.Module, args: ModelArgs, seed: int) -> None:
 
 def held_indices(tensor: Tensor) -> list[Tensor]:
     """For each dimension of a tensor, the positions in the whole tensor that this rank holds: int64, 1-D."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    held = [torch.arange(size, device=local.device) for size in tensor.shape]
     if not isinstance(tensor, DTensor):
-        return held
-    coordinate = tensor.device_mesh.get_coordinate()
+        return [torch.arange(size, device=tensor.device) for size in tensor.shape]
+    local = tensor.to_local()
+    held = indices_at(tensor, tensor.device_mesh.get_coordinate(), local.device)
+    assert [len(h) for h in held] == list(local.shape), f"{tensor.placements} of {tuple(tensor.shape)}"
+    return held
+
+
+def indices_at(tensor: DTensor, coordinate: Sequence[int], device: torch.device | str) -> list[Tensor]:
+    """What the rank at a coordinate of tensor's mesh holds of it, as `held_indices`, on a device."""
+    held = [torch.arange(size, device=device) for size in tensor.shape]
     shards = [(axis, p) for axis, p in enumerate(tensor.placements) if isinstance(p, Shard | StridedShard)]
     # A strided shard says that the axes to its right split the dimension first (FSDP shards what TP left).
     shards.sort(key=lambda s: (-s[0] if isinstance(s[1], StridedShard) else -len(coordinate), s[0]))
@@ -38,5 +46,4 @@ def held_indices(tensor: Tensor) -> list[Tensor]:
         parts = held[placement.dim].chunk(tensor.device_mesh.size(axis))
         # The last ranks get nothing when there are fewer pieces than ranks.
         held[placement.dim] = parts[coordinate[axis]] if coordinate[axis] < len(parts) else parts[0][:0]
-    assert [len(h) for h in held] == list(local.shape), f"{tensor.placements} of {tuple(tensor.shape)}"
     return held

@@ -113,7 +113,7 @@ class Mesh:
     cp: DeviceMesh
     tp: DeviceMesh
     ep: DeviceMesh
-    sequence: DeviceMesh  # cp, tp: who shares sequences
+    sequence: DeviceMesh  # who shares sequences
     loss: DeviceMesh  # over whom token counts and losses are summed
     tokens: DeviceMesh  # over whom tokens of experts are counted
     data_parallel: DeviceMesh  # what fully_shard takes: (dp_replicate, fsdp), or fsdp alone
@@ -144,6 +144,7 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
     sparse = make(pp=d.pp, dp_replicate=d.dp_replicate, efsdp=experts // d.ep, ep=d.ep)
     loss = make(pp=d.pp, loss=d.dp_replicate * fsdp, tp=d.tp)["loss"]
     tokens = loss if d.tp == 1 else make(pp=d.pp, tokens=d.dp_replicate * experts)["tokens"]
+    sequence = make(pp=d.pp, batch=d.dp_replicate * d.dp_shard, sequence=d.cp * d.tp)["sequence"]
     # A 2-D mesh adds an all-reduce, over one rank when there is one copy.
     replicate = ("dp_replicate",) if d.dp_replicate > 1 else ()
     return Mesh(
@@ -155,7 +156,7 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
         cp=world["cp"],
         tp=dense["tp"],  # of one root with FSDP's axis: a weight is cut over both
         ep=sparse["ep"],
-        sequence=world["cp", "tp"],
+        sequence=sequence,
         loss=loss,
         tokens=tokens,
         data_parallel=dense[(*replicate, "fsdp")],

@@ -24,7 +24,7 @@ first stage and its value back, in the weight's own dtype. (The first step begin
 stay gathered through a schedule, and gradients are reduced once, after it: as for one microbatch whose weights are not
 freed.
 
-Proof: tests/test_parity.py; the messages: tests/test_communication.py.
+Proof: tests/test_parity.py; the messages: tests/test_communication.py and test_communication_of_mixtures.py.
 """
 
 import copy

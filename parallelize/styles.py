@@ -60,6 +60,18 @@ class GatherInput(ParallelStyle):
         return module
 
 
+class GatherOutput(LocalWeights):
+    """Whole weights that work on a part of the sequence; their result is gathered, see `gather_sequence`."""
+
+    def __init__(self):
+        super().__init__(Replicate())
+
+    def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
+        module = super()._apply(module, mesh)
+        module.register_forward_hook(lambda _, inputs, output: gather_sequence(output, mesh))
+        return module
+
+
 class SumOverRanks(nn.Module):
     """The sum of a tensor without a gradient over all ranks of a mesh, by operations that the compiler understands."""
 

@@ -6,7 +6,8 @@ Between them the stream is cut along the sequence: the norms and the residual ad
 
 Who holds what, for T ranks on the tp axis: 1/T of every matrix, of the embedding's and the head's vocabulary, and of
 the stream between the blocks [batch, seq / T, dim]. The norms' weights are whole on each rank; their gradients, sums
-over the sequence, are summed over the ranks.
+over the sequence, are summed over the ranks. So are the weights that make the latents of DeepSeek's attention, router
+and what multi-token prediction has besides a block. Experts are not cut, see `parallelize/expert.py`.
 
 Collectives on the tp axis, per microbatch, for L blocks and an activation of A = batch x seq x dim elements:
 
@@ -18,8 +19,22 @@ Collectives on the tp axis, per microbatch, for L blocks and an activation of A 
     a rank receives (T-1)/T x A elements in each of the 8 L + 4 large ones, 3 (T-1) numbers a token for the loss, and
     2 (T-1)/T x dim elements for a norm.
 
+What differs in DeepSeek's models:
+
+    latent attention    with compressed queries the block's first all-gather is two: of the queries' latent, and of the
+                        other with the key that has RoPE, A/dim x q_lora_rank and A/dim x (kv_lora_rank +
+                        qk_rope_head_dim) elements. (DeepSeek-V3: 2,112 a token, its stream is 7,168 wide.) So are, in
+                        backward, the reduce-scatters. Gradients summed too: wq_a, q_norm, wkv_a, kv_norm
+    mixture             its shared experts are the block's feed-forward; nothing is sent for it where there are none.
+                        Gradient summed too: the router's
+    further tokens      each a block more, and 1 + depth times the elements for embedding, head and loss; only for the
+                        loss in 1 + depth times as many messages. Gradients summed too: enorm, hnorm, eh_proj, norm
+
+    a gradient that is summed over the ranks is 1 all-reduce of the whole weight, 2 (T-1)/T x its elements.
+
 Activations and gradients have param_dtype's bytes. No logits are gathered: the loss exchanges three numbers a token
-(see `model/head.py`). Proof: tests/test_parity.py; the numbers above: tests/test_communication.py.
+(see `model/head.py`). Proof: tests/test_parity.py; the numbers above: tests/test_communication.py, for DeepSeek's parts
+tests/test_communication_of_mixtures.py.
 """
 
 from torch import Tensor, nn
@@ -37,7 +52,7 @@ from torch.distributed.tensor.parallel import (
 from model.args import ModelArgs
 from model.head import Head, HeadCore, loss_in_chunks
 from parallelize.compat import enable_micro_pipelining
-from parallelize.styles import GatherInput, LocalWeights
+from parallelize.styles import GatherInput, GatherOutput, LocalWeights
 
 MTP_WEIGHTS = ("enorm", "hnorm", "eh_proj", "norm")
 
@@ -67,15 +82,18 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, u
         "attention.wv": ColwiseParallel(),
         "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
     }
-    # The latents, and with them the one key that has RoPE, are made whole on every rank, for its own heads. (Were the
-    # gradient of that key not summed, a run would diverge only after a thousand steps: pytorch/torchtitan #1373.)
+    # A rank makes the latents of its part of the sequence, and gathers those of the whole for its own heads: they are
+    # narrower than the stream. Where queries have none, the stream is gathered for them, and the other latent made from
+    # it. (Were the gradient of the one key that has RoPE not summed, a run would diverge only after a thousand steps:
+    # pytorch/torchtitan #1373.)
+    stream, kv_latent = (None, GatherOutput()) if model.args.q_lora_rank else (GatherInput(), LocalWeights(Replicate()))
     latent = {
-        "attention": GatherInput(),
+        "attention": stream,
         "attention.wq": LocalWeights(Shard(0)),
-        "attention.wq_a": LocalWeights(Replicate()),
+        "attention.wq_a": GatherOutput(),
         "attention.q_norm": LocalWeights(Replicate()),
         "attention.wq_b": LocalWeights(Shard(0)),
-        "attention.wkv_a": LocalWeights(Replicate()),
+        "attention.wkv_a": kv_latent,
         "attention.kv_norm": LocalWeights(Replicate()),
         "attention.wkv_b": LocalWeights(Shard(0)),
         "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
@@ -108,9 +126,9 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, u
         enable_micro_pipelining(mesh.get_group())
 
 
-def _only_present(module: nn.Module, plan: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+def _only_present(module: nn.Module, plan: dict[str, ParallelStyle | None]) -> dict[str, ParallelStyle]:
     present = {name for name, _ in module.named_modules(remove_duplicate=False)}
-    return {name: style for name, style in plan.items() if name in present}
+    return {name: style for name, style in plan.items() if style and name in present}
 
 
 class VocabularyParallelHead(ParallelStyle):

@@ -1,163 +1,32 @@
 """What a parallelism sends in a step is what its docstring says: every collective, and the bytes of each.
 
-The real `train.main` runs as one rank of a fake process group, on which nothing is sent and everything is counted, by
-torch's CommDebugMode. (Pipelines run on gloo ranks: torch 2.13 waits for what a first message says.) Each formula
-stands here as a function of its docstring's symbols. The second step is counted; the first one also says hello.
-
-Bytes are those that a rank receives. Of an all-gather, a reduce-scatter or an all-to-all over n ranks: (n-1)/n of the
-larger side; of an all-reduce, which is the first two in a row: twice that; of a message: all.
+Each formula stands here as a function of its docstring's symbols; traffic.py counts, and says what is counted. Mixtures
+of experts: test_communication_of_mixtures.py.
 """
 
 from collections import Counter
-from contextlib import nullcontext
-from math import ceil
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run_ranks
-from runs import TINY, argv, options, write_ragged_text
-from torch.distributed.tensor.debug import CommDebugMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._pytree import tree_leaves
+from runs import options
+from traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
 
 DIM, L, F, V, H, K, SEQ, BATCH = 64, 3, 96, 272, 8, 4, 32, 8  # V: vocabulary; BATCH: sequences a step, of all ranks
 D = DIM // H  # size of a head
 SIZES = options(
     model__dim=DIM, model__n_layers=L, model__ffn_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=K,
-    training__seq_len=SEQ, training__global_batch_size=BATCH, training__steps=2,
+    training__seq_len=SEQ, training__global_batch_size=BATCH,
 )  # fmt: skip
-MIXED = options(
-    training__dtype="float32", training__mixed_precision_param="bfloat16", training__mixed_precision_reduce="float32"
-)
-KINDS = {  # torch's names
-    "_allgather_base_": "all-gather",
-    "all_gather_into_tensor": "all-gather",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor": "reduce-scatter",
-    "allreduce_": "all-reduce",
-    "all_reduce": "all-reduce",
-    "all_to_all_single": "all-to-all",
-    "send": "send",
-    "recv_": "receive",
-}
-LOCAL = ("wait_tensor", "_wrap_tensor_autograd")  # in the collectives' namespaces, but they send nothing
-
-
-class Recorder(CommDebugMode):
-    """CommDebugMode that also notes the group and the bytes of each collective, and messages, which it does not count:
-    they too go through torch's dispatcher, whatever function sends them."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: Counter[tuple[str, str, int]] = Counter()  # (kind, name of the group, bytes)
-        # It also tells calls apart by module, which is not asked for here and fails in a second microbatch.
-        self.advanced_module_tracker = NoModules()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        name = func._overloadpacket.__name__
-        # (A DTensor's operation comes again, as those on its local part.)
-        if result is not NotImplemented and func.namespace in ("c10d", "_c10d_functional") and name not in LOCAL:
-            kind, group = KINDS[name], group_of(args)
-            larger = max(t.numel() * t.element_size() for t in tree_leaves((args, result)) if torch.is_tensor(t))
-            self.calls[kind, group.group_name, moved(kind, larger, group.size())] += 1
-        return result
-
-
-class NoModules(nullcontext):
-    name, is_bw, activation_checkpointing, module_parents_dict = "", False, False, {"": ()}
-
-
-def group_of(args) -> dist.ProcessGroup:
-    """A functional collective is given its group's name, the others the group itself."""
-    for arg in args:
-        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in arg._type().name():
-            return dist.ProcessGroup.unbox(arg)
-    return torch._C._distributed_c10d._resolve_process_group([arg for arg in args if isinstance(arg, str)][-1])
-
-
-def moved(kind: str, size: int, n: int) -> int:
-    """Bytes that one of n ranks receives, for `size` bytes on the larger side."""
-    if kind in ("send", "receive"):
-        return size
-    size *= 2 if kind == "all-reduce" else 1
-    assert size * (n - 1) % n == 0, "sizes are chosen so that bytes are whole"
-    return size * (n - 1) // n
-
-
-def collective(kind: str, axis: str, size: int, n: int, count: int) -> Counter:
-    return Counter({(kind, axis, moved(kind, size, n)): count})
-
-
-def record_step(fake_ranks: int | None, arguments: list[str]) -> tuple[Counter, dict[str, str]]:
-    """What this rank sends in step 2, and each axis's group. With fake_ranks it is the last one of so many, with
-    weights and gradients that mean nothing."""
-    import train
-    from config import load_config
-
-    recorder, groups = Recorder(), {}
-    build_mesh, count_valid_tokens, clip_grad_norm = train.build_mesh, train.count_valid_tokens, train.clip_grad_norm
-    steps = []
-
-    def build(*args):
-        mesh = build_mesh(*args)
-        parts = dict(pp=mesh.pp, cp=mesh.cp, tp=mesh.tp, loss=mesh.loss)
-        parts |= {axis: mesh.dense[axis] for axis in ("dp_replicate", "fsdp")}
-        groups.update({axis: part.get_group().group_name for axis, part in parts.items()})
-        return mesh
-
-    def begin(*args):
-        steps.append(len(steps) + 1)
-        if steps[-1] == 2:
-            recorder.__enter__()
-        return count_valid_tokens(*args)
-
-    def end(*_, **__):
-        if steps[-1] == 2:
-            recorder.__exit__(None, None, None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "build_mesh", build)
-        patch.setattr(train, "count_valid_tokens", begin)  # a step's first communication
-        patch.setattr(train.Metrics, "log", end)  # comes after its last
-        if fake_ranks:
-            dist.init_process_group("fake", store=FakeStore(), rank=fake_ranks - 1, world_size=fake_ranks)
-            patch.setattr(train, "init_distributed", lambda *_: torch.device("cpu"))
-            patch.setattr(train, "require_equal_on_all_ranks", lambda **_: None)
-            patch.setattr(train, "clip_grad_norm", lambda *args: (clip_grad_norm(*args), 1.0)[1])
-        train.main(load_config(arguments))
-    counted = sum(n for (kind, *_), n in recorder.calls.items() if kind not in ("send", "receive"))
-    assert counted == recorder.get_total_counts(), "the recorder and CommDebugMode see the same collectives"
-    return recorder.calls, groups
 
 
 @pytest.fixture
 def step(tmp_path):
     """A function of (number of ranks, options, gloo) that runs a step: its traffic, on gloo that of every rank."""
-    text = options(data__path=str(write_ragged_text(tmp_path)))
 
     def run(ranks: int, gloo: bool = False, sizes: dict = SIZES, mixed: bool = False, **settings):
-        folders = {"job.dump_folder": str(tmp_path / "run"), "data.cache_folder": str(tmp_path / "cache")}
-        arguments = argv(TINY, sizes, text, folders, MIXED if mixed else {}, options(**settings))
-        return run_ranks(ranks if gloo else 1, record_step, None if gloo else ranks, arguments)
+        return run_step(tmp_path, ranks, sizes, MIXED if mixed else {}, options(**settings), gloo=gloo)
 
     return run
-
-
-def require(traffic: tuple[Counter, dict[str, str]], *formulas: Counter) -> None:
-    """AssertionError unless the calls are those of the formulas, no more and no fewer."""
-    __tracebackhide__ = True
-    calls, groups = traffic
-    # An axis that is all of the ranks is the default group, so that two of them may be one.
-    axes = {group: "=".join(a for a, g in groups.items() if g == group) for group in groups.values()}
-    expected = Counter()
-    for formula in formulas:
-        for (kind, axis, size), count in formula.items():
-            expected[kind, axes[groups[axis]], size] += count
-    assert {(kind, axes[group], size): n for (kind, group, size), n in calls.items()} == {
-        key: n for key, n in expected.items() if n
-    }
 
 
 # ------------------------------------------------------------------------------------------------------ the formulas
@@ -180,15 +49,12 @@ def of_the_step(loss: int, fsdp: int = 0, tp: int = 1, pp: int = 1, b: int = 8) 
 def groups_of_weights(N: int, T: int, F: int = F, V: int = V, K: int = K) -> dict[str, int]:
     """FSDP's groups: the elements that a tp rank has of each, with rows rounded up to a multiple of N."""
 
-    def elements(*shapes: tuple[int, int]) -> int:
-        return sum(ceil(rows / N) * N * columns for rows, columns in shapes)
-
     norm, vocabulary = (DIM, 1), (V // T, DIM)
     by_rows = [(H * D // T, DIM), (K * D // T, DIM), (K * D // T, DIM), (F // T, DIM), (F // T, DIM)]
     by_columns = [(DIM, H * D // T), (DIM, F // T)]
-    block = elements(*by_rows, *by_columns, norm, norm)
-    head = elements(vocabulary, norm)
-    return {"block": block, "embedding": elements(vocabulary), "head": head, "tied": head}
+    block = rounded_up(N, [*by_rows, *by_columns, norm, norm])
+    head = rounded_up(N, [vocabulary, norm])
+    return {"block": block, "embedding": rounded_up(N, [vocabulary]), "head": head, "tied": head}
 
 
 SEPARATE, TIED = {"block": L, "embedding": 1, "head": 1}, {"block": L, "tied": 1}  # how many groups of each kind
@@ -202,20 +68,7 @@ def of_fsdp(
     for kind, P in groups_of_weights(N, T, **model).items():
         count = groups.get(kind, 0)
         gathers = (2 * M if kind == "block" else M) if freed else 1
-        if N > 1:
-            result += collective("all-gather", "fsdp", P * b, N, gathers * count)
-            result += collective("reduce-scatter", "fsdp", P * s, N, M * count)
-        if R > 1:
-            result += collective("all-reduce", "dp_replicate", P // N * s, R, count)
-    return result
-
-
-def as_messages(formula: Counter, N: int) -> Counter:
-    """parallelize/gloo.py: in each all-gather and reduce-scatter a message to, and one from, every other rank."""
-    result = Counter()
-    for (_, axis, size), count in formula.items():
-        for kind in ("send", "receive"):
-            result[kind, axis, size // (N - 1)] += count * (N - 1)
+        result += of_group(P, N, R, gathers=gathers * count, scatters=M * count, sums=count, b=b, s=s)
     return result
 
 
@@ -240,14 +93,6 @@ def of_cp_alltoall(C: int, tokens: int, M: int, H: int = H, K: int = K, b: int =
     there = tokens * (H + 2 * K) * D * (C - 1) // C * b
     back = tokens * H * D * (C - 1) // C * b
     return Counter({("all-to-all", "cp", there): 2 * L * M}) + Counter({("all-to-all", "cp", back): 2 * L * M})
-
-
-def of_pp(stages: list[int], of: list[list[int]], M: int, size: int) -> Counter:
-    """parallelize/pipeline.py, for the rank with `stages`, `of` being those of every rank: M streams of `size` bytes
-    arrive for each stage whose predecessor is elsewhere, M gradients where the successor is; the same are sent."""
-    last = max(s for rank in of for s in rank)
-    away = sum(n not in stages for stage in stages for n in (stage - 1, stage + 1) if 0 <= n <= last)
-    return Counter({("send", "pp", size): M * away}) + Counter({("receive", "pp", size): M * away})
 
 
 # --------------------------------------------------------------------------------------------------------- the tests

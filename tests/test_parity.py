@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import GLOBAL_BATCH, LAYOUTS, MODELS
+from layouts import GLOBAL_BATCH, LAYOUTS, MODELS, V2
 from ranks import run_ranks
 from runs import options, series, train_all, train_on, write_ragged_text
 
@@ -129,6 +129,16 @@ def test_layout(name, trained, references, proven):
             trained(name)
         return
     proven[name] = assert_equal_runs(trained(name), references[LAYOUTS[name].model])
+
+
+@pytest.mark.parametrize("dim, hidden_dim", [(46, 24), (46, 22)])
+def test_experts_that_ranks_cannot_share_evenly(dim, hidden_dim, text, tmp_path):
+    """Fewer experts than ranks, and sizes of an expert that they cannot cut evenly: one of them, or none."""
+    model = V2 | options(model__dim=dim, model__moe_ffn_dim=hidden_dim, model__n_experts=3, model__n_expert_groups=1)
+    model |= options(model__n_limited_groups=1)
+    reference = train_on(1, tmp_path / "1", text, model, options(training__local_batch_size=8))
+    run = train_on(4, tmp_path / "4", text, model, options(training__local_batch_size=2))
+    assert_equal_runs(run, reference)
 
 
 def test_docs_list_the_layouts():

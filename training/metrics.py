@@ -88,7 +88,7 @@ class Metrics:
     def is_log_step(self, step: int) -> bool:
         return step % self.log_freq == 0 or step == self.total_steps or step == 1
 
-    def count(self, tokens: int, seconds_waited: float) -> None:
+    def count(self, tokens: int, seconds_waited: float = 0.0) -> None:
         """A step: its tokens, and how long it has waited for them."""
         self.interval_waited += seconds_waited
         self.interval_tokens += tokens

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from parallelize.compat import foreach_mul_, foreach_norm
+
 OPTIMIZERS = {"AdamW": torch.optim.AdamW, "Adam": torch.optim.Adam}
 
 
@@ -45,27 +47,25 @@ def clip_grad_norm(
     gradient's squares are summed over exactly the axes that it is sharded on, whatever its mesh, and all of them over
     the pipeline's stages: clipping each stage by its own norm would train another model (pytorch/torchtitan #596).
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    squares: dict[tuple, Tensor | float] = defaultdict(float)
-    for grad in grads:
+    groups: dict[tuple, list[Tensor]] = defaultdict(list)  # each takes one pass over memory
+    for grad in (p.grad for p in parameters if p.grad is not None):
         axes = ()
         if isinstance(grad, DTensor):
             assert not any(p.is_partial() for p in grad.placements), f"a gradient was not summed: {grad.placements}"
             axes = tuple((grad.device_mesh, a) for a, p in enumerate(grad.placements) if not p.is_replicate())
-        local = _local(grad)
-        norm = torch.linalg.vector_norm(local, dtype=torch.promote_types(local.dtype, torch.float32))
-        squares[axes] += norm.square()
+        groups[axes, grad.dtype].append(_local(grad))
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for axes, square in squares.items():
-        square = square.to(device)  # gradients of offloaded parameters are on the CPU
+    for (axes, dtype), grads in groups.items():
+        norms = foreach_norm(grads, 2, torch.promote_types(dtype, torch.float32))
+        square = torch.stack(norms).square().sum().to(device)  # gradients of offloaded parameters are on the CPU
         for mesh, axis in axes:
             dist.all_reduce(square, group=mesh.get_group(axis))
         total = total + square
     dist.all_reduce(total, group=pp_mesh.get_group())
     norm = math.sqrt(total.item())
     if max_norm > 0 and norm > max_norm:
-        for grad in grads:
-            _local(grad).mul_(max_norm / (norm + 1e-6))  # the same small number as torch's
+        for grads in groups.values():
+            foreach_mul_(grads, max_norm / (norm + 1e-6))  # the same small number as torch's
     return norm
 
 

@@ -1,0 +1,331 @@
+"""Speed and memory of the trainer on one GPU, beside a plain loop, the card's own ceiling and bytes counted by hand.
+
+    python scripts/benchmark_gpu.py '1b/*' '8b/4k*' --out FOLDER           cases, see GROUPS: patterns of GROUP/CASE
+    python scripts/benchmark_gpu.py --profile '8b/4k, batch 3'             where the time of one case's step goes
+    python scripts/benchmark_gpu.py '1b/*' --device cpu                    the whole of it, tiny, on a CPU: a dry run
+
+Each case is a process of its own (`gpu_case.py`), with the options of train.py that stand beside its name. Its speed is
+the median over the logged intervals after the first two: the first step compiles, the second allocates. A case with
+"plain" is followed by a plain loop with the same options, so that their ratio is taken on the same card in the same
+minutes. What fails (out of memory, out of time) is reported as that, and the rest goes on. --seconds is for all of it:
+then no further case begins.
+
+A GPU's minutes are dear: while a case runs, the next one's process has imported torch and waits. And with --precompile
+N nothing is measured, but the compiler's cache is filled with the graphs of these cases, N at a time, with two layers
+each. (Its choices between variants of a kernel, which it makes by timing them, are forgotten: the GPU is busy then.)
+
+FOLDER/results.json has everything, FOLDER/results.csv a line a case, FOLDER/<group>/ each process's output.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from gpu_case import PROFILED_AFTER, PROFILED_STEPS  # noqa: E402
+from gpu_memory import predict_memory  # noqa: E402
+from gpu_profile import print_profile  # noqa: E402
+from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
+
+import train  # noqa: E402
+from config import load_config  # noqa: E402
+from model import flops_per_token  # noqa: E402
+
+COMPILE, BF16 = "--compile.enable true", "--training.dtype bfloat16"
+TENSORWISE = f"{COMPILE} --float8.enable true --float8.recipe tensorwise"
+ROWWISE = f"{COMPILE} --float8.enable true --float8.recipe rowwise"
+RECOMPUTE = f"{COMPILE} --activation_checkpoint.mode"
+CHUNK, BATCH, PLAIN = "--training.loss_chunk_size", "--training.local_batch_size", "plain"
+
+# An interval is a few steps long, since reading the loss makes the GPU wait for the CPU.
+SHORT = "--training.steps 6 --metrics.log_freq 2"  # logs steps 1, 2, 4, 6: two intervals count
+FEW = "--training.steps 4 --metrics.log_freq 1"  # long steps
+# The learning rate of a warm-up's beginning: weights that run away give numbers that the GPU multiplies faster. The
+# tokenizer's ids fit into any vocabulary.
+ALL = "--optimizer.lr 1e-6 --data.dataset python_stdlib --data.tokenizer bpe_4096"
+GLOBAL = "--training.global_batch_size"
+FOUR_K, EIGHT_K = "--training.seq_len 4096", "--training.seq_len 8192"
+
+GROUPS = {  # name: (options of all its cases, {case: options, and whether a plain loop follows})
+    "1b": (
+        f"--model.flavor llama3_1b --model.tie_embeddings false --training.seq_len 8192 {BATCH} 2 {SHORT}",
+        {
+            "compile": (COMPILE, PLAIN),
+            "compile, float8 tensorwise": (TENSORWISE, PLAIN),
+            "compile, pure bf16": (f"{COMPILE} {BF16}", PLAIN),
+            "eager": ("",),
+            "eager, pure bf16": (BF16,),
+            "compile, float8 rowwise": (ROWWISE,),
+            "compile, weights kept": (f"{COMPILE} --parallelism.fsdp_reshard_after_forward never",),
+            "compile, batch 4, chunk 8192": (f"{COMPILE} {BATCH} 4 {CHUNK} 8192",),
+        },
+    ),
+    "3b": (  # tied, as published
+        f"--model.flavor llama3_3b --training.seq_len 8192 {BATCH} 2 {SHORT}",
+        {"compile": (COMPILE, PLAIN), "compile, float8 tensorwise": (TENSORWISE, PLAIN)},
+    ),
+    "8b_slice": (
+        f"--model.flavor llama3_8b --model.n_layers 8 --training.seq_len 8192 {BATCH} 2 {SHORT}",
+        {
+            "compile": (COMPILE, PLAIN),
+            "compile, float8 tensorwise": (TENSORWISE, PLAIN),
+            "compile, pure bf16": (f"{COMPILE} {BF16}", PLAIN),
+            "eager": ("",),
+            "compile, AC full": (f"{RECOMPUTE} full",),
+            "compile, AC selective": (f"{RECOMPUTE} selective",),
+            "compile, AC budget 0.5": (f"{RECOMPUTE} memory_budget --activation_checkpoint.memory_budget 0.5",),
+            "compile, float8 all-gather": (f"{TENSORWISE} --float8.enable_fsdp_float8_all_gather true",),
+            "compile, float8 rowwise": (ROWWISE,),
+            "compile, chunk 0": (f"{COMPILE} {CHUNK} 0",),
+            "compile, chunk 4096": (f"{COMPILE} {CHUNK} 4096",),
+            "compile, chunk 8192": (f"{COMPILE} {CHUNK} 8192",),
+            **{f"compile, batch {n}": (f"{COMPILE} {BATCH} {n}",) for n in (4, 8, 10)},
+        },
+    ),
+    "8b": (
+        f"--model.flavor llama3_8b {BF16} {CHUNK} 4096 {SHORT}",
+        {
+            "4k, batch 2": (f"{COMPILE} {FOUR_K} {BATCH} 2 {GLOBAL} 8",),
+            "4k, batch 3": (f"{COMPILE} {FOUR_K} {BATCH} 3 {GLOBAL} 12 {FEW}", PLAIN),
+            "4k, batch 4": (f"{COMPILE} {FOUR_K} {BATCH} 4 {GLOBAL} 16 {FEW}",),
+            "4k, batch 2, float8 tensorwise": (f"{TENSORWISE} {FOUR_K} {BATCH} 2 {GLOBAL} 8",),
+            "4k, batch 4, float8 tensorwise": (f"{TENSORWISE} {FOUR_K} {BATCH} 4 {GLOBAL} 16 {FEW}", PLAIN),
+            # KempnerForge's setting: 9,720 tokens/s when its own trainer was run on such a card.
+            "4k, batch 4, AC full": (f"{RECOMPUTE} full {FOUR_K} {BATCH} 4 {GLOBAL} 8", PLAIN),
+            "8k, batch 1": (f"{COMPILE} {EIGHT_K} {BATCH} 1 {GLOBAL} 4",),
+            "8k, batch 2": (f"{COMPILE} {EIGHT_K} {BATCH} 2 {GLOBAL} 8 {FEW}", PLAIN),
+            "8k, batch 1, float8 tensorwise": (f"{TENSORWISE} {EIGHT_K} {BATCH} 1 {GLOBAL} 4",),
+            "8k, batch 2, float8 tensorwise": (f"{TENSORWISE} {EIGHT_K} {BATCH} 2 {GLOBAL} 8 {FEW}", PLAIN),
+        },
+    ),
+}
+GROUPS["v2_lite"] = (  # one dense block and eight mixtures of DeepSeek-V2-Lite, all experts on the one GPU
+    f"--model.flavor deepseek_v2_lite_16b --model.n_layers 9 {FOUR_K} {BATCH} 4 {BF16} {CHUNK} 4096 {SHORT}",
+    {
+        "compile": (COMPILE, PLAIN),
+        "compile, float8 tensorwise": (TENSORWISE,),  # of the linear layers: experts stay in bfloat16
+        "eager": ("",),
+        "compile, batch 8": (f"{COMPILE} {BATCH} 8",),
+    },
+)
+# What makes any case tiny, for a dry run.
+DRY = "--job.device cpu --model.dim 64 --model.n_layers 2 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 128"
+DRY += " --model.vocab_size 4096 --training.seq_len 128"
+DRY_MIXTURE = " --model.n_kv_heads 4 --model.kv_lora_rank 32 --model.qk_nope_head_dim 16 --model.qk_rope_head_dim 16"
+DRY_MIXTURE += " --model.v_head_dim 16 --model.moe_ffn_dim 32 --model.n_experts 8"
+
+COLUMNS = [
+    *("date", "machine", "torch", "group", "case", "kind", "status", "tokens_per_second", "tflops", "mfu"),
+    *("causal_tflops", "plain_ratio", "peak_gib", "predicted_gib", "predicted_over_measured", "predicted_peak_at"),
+    *("reserved_gib", "alloc_retries", "first_step_seconds", "loss", "wall_seconds", "options"),
+]
+
+
+class Case:
+    """A process of gpu_case.py, which waits for `finish` once it has imported what it needs."""
+
+    def __init__(self, kind: str, name: str, options: str, arguments: argparse.Namespace):
+        self.kind, self.name, self.options = kind, name, options
+        self.argv = shlex.split(f"{ALL} {options} --data.cache_folder {shlex.quote(str(arguments.cache))}")
+        group, _, case = name.partition("/")
+        self.folder = arguments.out / group / f"{case.replace(', ', '_').replace(' ', '-')}_{kind}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in ("metrics.jsonl", "facts.json"):
+            (self.folder / old).unlink(missing_ok=True)
+        with open(self.folder / "output.txt", "w") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(ROOT / "scripts" / "gpu_case.py"), kind, str(self.folder), *self.argv],
+                cwd=ROOT, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def finish(self, seconds: float) -> dict:
+        """Lets it run: a row with COLUMNS, and whatever else is known. Ends after `seconds`, at the latest."""
+        group, _, case = self.name.partition("/")
+        row = dict.fromkeys(COLUMNS) | dict(
+            date=date.today().isoformat(), group=group, case=case, kind=self.kind, options=self.options
+        )
+        start = time.monotonic()
+        try:
+            self.process.communicate(b"\n", timeout=max(1, seconds))
+            row["status"] = "failed" if self.process.returncode else "ok"
+        except subprocess.TimeoutExpired:
+            self.kill()
+            row["status"] = f"no result in {seconds:.0f} s"
+        row["wall_seconds"] = time.monotonic() - start
+        if row["status"] != "ok":
+            lines = (self.folder / "output.txt").read_text().strip().splitlines() or [""]
+            if any("out of memory" in line for line in lines):
+                row["status"] = "out of memory"
+            elif row["status"] == "failed":
+                row["status"] = f"failed: {lines[-1][:200]}"
+        if (self.folder / "facts.json").exists() and row["status"] == "ok":
+            facts = json.loads((self.folder / "facts.json").read_text())
+            row |= dict(machine=facts["machine"], torch=facts["torch"], facts=facts)
+            row["alloc_retries"] = facts.get("alloc_retries")
+            row["reserved_gib"] = facts["reserved"] / 2**30 if "reserved" in facts else None
+        if self.kind in ("train", "plain"):
+            add_speed(row, self.folder, self.argv)
+        if self.kind == "train":
+            add_prediction(row, self.argv)
+        return row
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)  # with the compiler's helpers, in the session that it leads
+        self.process.wait()
+
+
+def add_speed(row: dict, folder: Path, argv: list[str]) -> None:
+    path = folder / "metrics.jsonl"
+    row["metrics"] = rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if row["status"] != "ok":
+        return
+    for key in ("tokens_per_second", "tflops", "mfu"):
+        row[key] = median(r[key] for r in rows[2:]) if rows[-1][key] is not None else None
+    config = load_config(argv)
+    args, seq_len = train.model_args_of(config), config.training.seq_len
+    row["causal_tflops"] = row["tokens_per_second"] * flops_per_token(args, seq_len, causal=True) / 1e12
+    row |= dict(peak_gib=rows[-1]["memory_gib"], loss=rows[-1]["loss"], first_step_seconds=rows[0]["seconds"])
+
+
+def add_prediction(row: dict, argv: list[str]) -> None:
+    config = load_config(argv)
+    row["predicted"] = predicted = predict_memory(train.model_args_of(config), config)
+    row |= dict(predicted_gib=predicted["peak"] / 2**30, predicted_peak_at=predicted["peak_at"])
+    if row["peak_gib"] is not None:
+        row["predicted_over_measured"] = row["predicted_gib"] / row["peak_gib"]
+
+
+def save(rows: list[dict], out: Path) -> None:
+    (out / "results.json").write_text(json.dumps(rows, indent=1))
+    with open(out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| case | tokens/s | TFLOP/s | MFU | plain loop | ratio | GiB | by hand | by hand / GiB | first step, s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    plain = {(row["group"], row["case"]): row for row in rows if row["kind"] == "plain"}
+
+    def show(value, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        if row["kind"] != "train":
+            continue
+        beside = plain.get((row["group"], row["case"]))
+        beside_speed = "" if beside is None else show(beside["tokens_per_second"], ",.0f") or beside["status"]
+        speed = show(row["tokens_per_second"], ",.0f") or row["status"]
+        lines.append(
+            f"| {row['group']}: {row['case']} | {speed} | {show(row['tflops'], ',.0f')} | {show(row['mfu'], '.1%')} | "
+            f"{beside_speed} | {show(row['plain_ratio'], '.3f')} | {show(row['peak_gib'], '.1f')} | "
+            f"{show(row['predicted_gib'], '.1f')} | {show(row['predicted_over_measured'], '.2f')} | "
+            f"{show(row['first_step_seconds'], '.0f')} |"
+        )
+    return "\n".join(lines)
+
+
+def precompile(jobs: list[tuple[str, str, str]], at_a_time: int, arguments: argparse.Namespace) -> None:
+    """Fills the compiler's cache: a block's graphs are the same in any number of layers."""
+    start, distinct = time.monotonic(), {options: name for kind, name, options in jobs if "--compile" in options}
+    small = "--model.n_layers 2 --training.steps 1 --training.global_batch_size -1"
+
+    def compile_one(item: tuple[str, str]) -> None:
+        options, name = item
+        row = Case("compile", name, f"{options} {small}", arguments).finish(arguments.case_seconds)
+        print(f"compiled {name}: {row['status']}, {row['wall_seconds']:.0f} s", flush=True)
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        list(pool.map(compile_one, distinct.items()))
+    for choice in Path(cache_dir()).rglob("*.best_config"):
+        choice.unlink()
+    print(f"compiled {len(distinct)} in {time.monotonic() - start:.0f} s", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="GROUP/CASE", help="patterns; they run in this order")
+    parser.add_argument("--profile", nargs="+", default=[], metavar="GROUP/CASE", help="after these, profiles of these")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "benchmark_gpu")
+    parser.add_argument("--cache", type=Path, default=ROOT / "outputs" / "cache", help="where tokens are kept")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for all cases together")
+    parser.add_argument("--case_seconds", type=float, default=150.0, help="for one case")
+    parser.add_argument("--precompile", type=int, default=0, metavar="N", help="only compile, N cases at a time")
+    parser.add_argument("--options", default="", help="of train.py, for all cases")
+    arguments = parser.parse_args()
+    arguments.out, arguments.cache = arguments.out.resolve(), arguments.cache.resolve()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + arguments.seconds
+
+    def options_of(name: str) -> str:
+        group, _, case = name.partition("/")
+        options = f"{GROUPS[group][0]} {GROUPS[group][1][case][0]}"
+        if arguments.device == "cpu":
+            options += (
+                f" {DRY}"
+                + DRY_MIXTURE * ("deepseek" in options)
+                + " --compile.backend aot_eager" * ("compile" in options)
+            )
+            options += " --float8.emulate true" * ("float8" in options)
+            options = options.replace(" --float8.enable_fsdp_float8_all_gather true", "")
+        return f"{options} {arguments.options}".strip()
+
+    def names(pattern: str) -> list[str]:
+        known = [f"{group}/{case}" for group, (_, cases) in GROUPS.items() for case in cases]
+        found = [name for name in known if fnmatch(name, pattern)]
+        return found or parser.error(f"{pattern} is none of {', '.join(known)}")
+
+    jobs = [("ceiling", "ceiling/matrix product", f"--job.device {arguments.device}")]  # (kind, name, options)
+    for name in dict.fromkeys(name for pattern in arguments.cases for name in names(pattern)):
+        group, _, case = name.partition("/")
+        jobs.append(("train", name, options_of(name)))
+        if PLAIN in GROUPS[group][1][case]:
+            jobs.append(("plain", name, options_of(name)))
+    for name in dict.fromkeys(name for pattern in arguments.profile for name in names(pattern)):
+        jobs.append(("profile", name, f"{options_of(name)} --training.steps {PROFILED_AFTER + PROFILED_STEPS}"))
+    if arguments.precompile:
+        precompile(jobs, arguments.precompile, arguments)
+        return
+
+    rows, coming = [], Case(*jobs[0], arguments)
+    for after, (kind, name, _) in enumerate(jobs, start=1):
+        case, coming = coming, Case(*jobs[after], arguments) if after < len(jobs) else None
+        left = deadline - time.monotonic()
+        if left < 15:
+            case.kill()
+            print(f"{name} ({kind}): not run, no time left", flush=True)
+            continue
+        row = case.finish(min(left, arguments.case_seconds))
+        speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f} tokens/s, "
+        print(f"{name} ({kind}): {row['status']}, {speed}{row['wall_seconds']:.0f} s in all", flush=True)
+        if kind == "plain":
+            ours, theirs = rows[-1]["tokens_per_second"], row["tokens_per_second"]
+            rows[-1]["plain_ratio"] = ours / theirs if ours and theirs else None
+        if kind == "profile" and row["status"] == "ok":
+            print_profile(case.folder / "trace.json", steps=PROFILED_STEPS)
+        rows.append(row)
+        save(rows, arguments.out)
+    products = rows[0].get("facts", {}).get("ceiling", {})
+    print("\n" + ", ".join(f"{product} {value:,.1f} TFLOP/s" for product, value in products.items()), end="\n\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
