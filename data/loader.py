@@ -6,6 +6,9 @@ the same on any number of ranks, and a run goes on exactly with other ranks or b
 many samples are behind it.
 """
 
+import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -84,6 +87,7 @@ class Loader:
                 sampler=count(first, self._global_batch_size),
                 batch_size=None,
                 num_workers=self._num_workers,
+                worker_init_fn=_outlive_signals,
                 generator=torch.Generator(),  # its own: otherwise it draws a number from the model's
                 worker_init_fn=ignore_stop_signals,
             )
@@ -123,6 +127,20 @@ def build_loader(
         samples_consumed=samples_consumed,
         num_workers=num_workers,
     )
+
+
+def _outlive_signals(worker: int) -> None:
+    """In a worker. The signal that asks a run to save and end often goes to all of its processes; a worker that died of
+    it would end the run with an error instead. So only its parent can end it."""
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _Steps(Dataset):

@@ -106,6 +106,7 @@ def heads(dtype=torch.float32, device="cpu"):
     return qkv, ends.cumsum(1).to(device)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_blocks_are_the_same_mask(monkeypatch):
     """FlexAttention's forward with the block mask equals the explicit mask's, for all queries and for those of a
     context rank. (Uncompiled: on CPUs it has no backward.)"""

@@ -207,6 +207,21 @@ def test_workers_end_with_their_loader(dataset):
     assert not multiprocessing.active_children() and time.monotonic() - start < 4
 
 
+def test_workers_outlive_signals(dataset):
+    """The signals that tell a run to save and end do not take its workers away, whoever sends them to all processes;
+    and still the loader can end them."""
+    loader = loader_of(dataset, num_workers=2)
+    read = rows(take(loader, 1))
+    workers = multiprocessing.active_children()
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", *(str(worker.pid) for worker in workers)], check=True)
+    read += rows(take(loader, 20))
+    assert read == samples(dataset, 0, len(read)) and all(worker.is_alive() for worker in workers)
+    workers[0].terminate()
+    workers[0].join(4)
+    assert not workers[0].is_alive()
+
+
 def test_loader_leaves_the_random_state_alone(dataset):
     """Reading data draws no number from torch's global generator, so dropout does not depend on it."""
     before = torch.get_rng_state()

@@ -187,14 +187,14 @@ def test_changed_shard(corpus, tmp_path, num_workers):
 
 
 def test_a_run_on_a_changed_shard(corpus, tmp_path):
-    """Ends with one line that names it, on two ranks whose workers read ahead."""
+    """Ends with one line that names it, though it is a worker that has read it."""
     folder = copied(corpus, tmp_path / "changed")
     content = bytearray(shard_path(folder, 0).read_bytes())
     content[::BLOCK_BYTES] = bytes(255 - b for b in content[::BLOCK_BYTES])
     shard_path(folder, 0).write_bytes(content)
     data = {"data.dataset": "shards", "data.path": str(folder), "data.num_workers": "1", "training.steps": "99"}
-    arguments = argv(TINY, data, {"job.dump_folder": str(tmp_path / "run"), "training.local_batch_size": "4"})
-    ended_well, lines = run_command(2, arguments, tmp_path)
+    arguments = argv(TINY, data, {"job.dump_folder": str(tmp_path / "run"), "training.local_batch_size": "8"})
+    ended_well, lines = run_command(1, arguments, tmp_path)
     assert not ended_well and "00000.tokens has changed since it was written" in lines[-1], lines
     assert "Traceback" not in "\n".join(lines)
 
