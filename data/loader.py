@@ -20,7 +20,6 @@ from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.dataset import TokenDataset
-from training.signals import ignore_stop_signals
 
 Microbatch = dict[str, Tensor]
 
@@ -89,7 +88,6 @@ class Loader:
                 num_workers=self._num_workers,
                 worker_init_fn=_outlive_signals,
                 generator=torch.Generator(),  # its own: otherwise it draws a number from the model's
-                worker_init_fn=ignore_stop_signals,
             )
         return iter(batches)
 

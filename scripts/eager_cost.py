@@ -35,7 +35,7 @@ def settings(layout: str, folder: str) -> list[str]:
     given |= {
         "job.device": "cpu", "job.dump_folder": f"{folder}/run", "data.cache_folder": f"{ROOT}/outputs/cache",
         "model.dim": 64, "model.n_layers": 3, "model.ffn_dim": 96, "training.steps": STEPS, "training.seq_len": 32,
-        "training.local_batch_size": 2, "training.mixed_precision_param": "float32",
+        "training.local_batch_size": 2, "training.mixed_precision_param": "float32", "data.num_workers": 0,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in given.items()]
 

@@ -38,10 +38,3 @@ class StopSignals:
     def close(self) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-
-
-def ignore_stop_signals(*_) -> None:
-    """For a data worker: a signal to the whole process group must leave it alive, or the rank that it serves fails
-    before it can save. It still ends with its rank, which it watches."""
-    for number in REQUESTS:
-        signal.signal(number, signal.SIG_IGN)
