@@ -143,7 +143,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
             (result / num_tokens).sum().backward()
             return result.detach().sum()
 
-        return forward_backward
+        return forward_backward, None
 
     def to_lists(sent, received):
         assert sent.shape == received.shape == (EP,)
@@ -173,6 +173,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
     arguments = [f"--job.config_file={RECIPE}", f"--job.dump_folder={folder}", f"--data.cache_folder={folder}"]
     arguments += ["--data.dataset=text", f"--data.path={text}", "--data.tokenizer=byte", "--training.steps=1"]
+    arguments += ["--data.num_workers=0"]  # no process of its own inherits the mode
     config = load_config([*arguments, "--checkpoint.enable=false", "--compile.enable=false"])
     replaced = {
         train: (init_distributed, build_stages, build_forward_backward, build_optimizer, clip_grad_norm),
