@@ -48,7 +48,8 @@ def _parameters(test: Callable) -> list[dict]:
 
 def listed() -> dict[str, str]:
     """The faults of docs/faults.md, and what is said there to follow."""
-    rows = [line.split(" | ") for line in (DOCS / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    table, *_ = (DOCS / "faults.md").read_text().split("\n## ")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {cells[0].removeprefix("| "): cells[1] for cells in rows if cells[0] != "| fault"}
 
 
