@@ -239,6 +239,9 @@ def main(config: Config) -> int:
             status = EXIT_PREEMPTED if is_saved or not config.checkpoint.enable else 1
             break
     checkpoint.close()
+    if config.checkpoint.enable and checkpoint.saved_step != step:
+        log("error: the last step could not be saved")
+        status = 1
     metrics.close()
     dist.barrier()  # with it all have done their work, and none takes the end of another for a failure
     watchdog.close()

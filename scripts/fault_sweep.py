@@ -92,9 +92,10 @@ def trial(number: int, folder: Path, expected: list[tuple], choose: random.Rando
     who, mode = KINDS[number % len(KINDS)]
     folder.mkdir()
     output, kills = folder / "output.txt", []
+    output.touch()
     for attempt in range(KILLS_A_RUN + 1):
         before = sorted(os.listdir(folder / "run" / "checkpoint")) if (folder / "run" / "checkpoint").exists() else []
-        lines_before = len(output.read_text().splitlines()) if output.exists() else 0
+        lines_before = len(output.read_text().splitlines())
         processes = start(RANKS, arguments(folder, mode), str(output))
         moment = kill(processes, folder, who, choose) if attempt < KILLS_A_RUN else None
         ended_alone = end(processes, GRACE_SECONDS if moment else 120)

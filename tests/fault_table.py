@@ -29,7 +29,7 @@ def faults() -> dict[str, tuple[str, str]]:
     """Every fault: what follows from it, and the beginning of its tests' names."""
     found = {}
     for module in map(__import__, MODULES):
-        tests = [test for test in vars(module).values() if hasattr(test, "fault")]
+        tests = [test for test in vars(module).values() if isinstance(getattr(test, "fault", None), str)]
         for test in tests:
             follows = " ".join(inspect.getdoc(test).split())
             for values in _parameters(test):
@@ -48,7 +48,8 @@ def _parameters(test: Callable) -> list[dict]:
 
 def listed() -> dict[str, str]:
     """The faults of docs/faults.md, and what is said there to follow."""
-    rows = [line.split(" | ") for line in (DOCS / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    table, *_ = (DOCS / "faults.md").read_text().split("\n## ")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {cells[0].removeprefix("| "): cells[1] for cells in rows if cells[0] != "| fault"}
 
 

@@ -100,10 +100,15 @@ def inject(kind: str, step: int = 0, rank: int = 0) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return commit(*args)
 
+    def full(*args):
+        raise OSError("injected")
+
     commit = checkpoint.storage._commit
     train.count_valid_tokens = count
     if kind in ("nan gradient", "nan forward", "infinite loss"):
         train.build_stages = build
+    if kind == "disk full":
+        checkpoint.storage._prepare = full
     if kind == "kill in save":
         checkpoint.storage._commit = save
 

@@ -28,6 +28,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import checkpoint.storage
 from checkpoint import CheckpointManager, TrainedState
+from checkpoint.hf_files import INDEX, TensorReader
 from checkpoint.manifest import MANIFEST, METADATA, STATE, digest, find_damage, write_manifest
 from checkpoint.safe_metadata import SafeReader
 from model import ModelArgs, Transformer
@@ -232,6 +233,14 @@ def test_hostile_weights_to_start_from_and_to_export(tmp_path):
     with open(folder / METADATA, "rb") as file:  # the payload is alive
         pickle.load(file)
     assert (tmp_path / "ran").exists()
+
+
+@fault("a Hugging Face index that names files outside of its folder")
+def test_index_that_leaves_its_folder(tmp_path):
+    """Refused, with the name that it gives."""
+    (tmp_path / INDEX).write_text(json.dumps(dict(weight_map={"lm_head.weight": "../secret.safetensors"})))
+    with pytest.raises(ValueError, match="which is not a file in its folder"):
+        TensorReader(str(tmp_path))
 
 
 def test_what_dcp_writes_is_read(tmp_path):

@@ -93,6 +93,15 @@ def test_broken_toml_says_where(tmp_path):
         (["--training.steps"], "--training.steps needs a value"),
         (["--checkpoint.enable", "--training.steps", "3"], "--checkpoint.enable needs a value"),
         (["training.steps=3"], '"training.steps=3" is not an option; options are written --section.key value.'),
+        (
+            ["--checkpoint.enable", "true", "--checkpoint.interval", "10", "--checkpoint.keep_every", "15"],
+            "checkpoint.keep_every (15) must be a multiple of checkpoint.interval (10)",
+        ),
+        (["--checkpoint.async_mode", "async"], "checkpoint.async_mode has no effect without checkpoint.enable"),
+        (
+            ["--checkpoint.exclude_from_loading", "output"],
+            "checkpoint.exclude_from_loading has no effect without checkpoint.initial_load_path",
+        ),
         (["--checkpoint.load_step", "3"], "checkpoint.load_step has no effect without checkpoint.enable"),
         (["--optimizer.betas", "[0.9, 1.0]"], "optimizer.betas: expected two numbers from 0 to below 1"),
         (["--training.global_batch_size", "0"], "training.global_batch_size: expected -1 or more than 0, given 0."),

@@ -152,6 +152,15 @@ def test_restart_by_torchrun(job, undisturbed):
 # ------------------------------------------------------------------------------------------------ preemption
 
 
+@fault("no checkpoint can be written")
+def test_disk_full_through_a_run(job, undisturbed):
+    """The run goes on to its end, counting in the metrics the saves that failed, and exits with status 1, for its last
+    step is not saved."""
+    assert job.run(2, fault=dict(kind="disk full")) == [1, 1], job.lines
+    assert job.rows == undisturbed and [row["failed_saves"] for row in read_metrics(job.folder / "run")][-1] == 3
+    assert "error: the last step could not be saved" in job.lines
+
+
 @fault("{name} to one rank")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_one_rank(name, job, undisturbed):
