@@ -105,9 +105,10 @@ def table_of(errors: dict[str, dict[str, float]]) -> str:
         f"""# Layouts that equal one process
 
 Written by `pytest tests/test_parity.py --write-docs` on {date.today()}, torch {torch.__version__},
-{platform.machine()}, gloo, float64: a Llama of two to eight layers, three AdamW steps through `train.py`. Columns: the
-largest relative difference from one process, over the steps, of the loss and of the gradient norm; over the steps and
-parameters, of any gradient's and any weight's element, relative to that tensor's largest. 1e-9 is what the test allows.
+{platform.machine()}, gloo, float64: a Llama, or a mixture of experts, of two to eight layers, three AdamW
+steps through `train.py`. Columns: the largest relative difference from one process, over the steps, of the loss and of
+the gradient norm; over the steps and parameters, of any gradient's and any weight's element, relative to that tensor's
+largest. 1e-9 is what the test allows.
 
 {len(rows)} layouts; an axis that is not named has degree 1.
 
