@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,13 @@ def train_all(world_size: int, runs: dict[Path, dict[str, str]]) -> list[dict]:
         )
         for folder, *ranks in zip(runs, *by_rank, strict=True)
     ]
+
+
+def side_by_side(*launches: tuple[int, dict[Path, dict[str, str]]]) -> list[list[dict]]:
+    """`train_all` of each (ranks, runs), two at a time: where one alone would leave a core idle. Their folders lie in
+    different ones, as they would make the same cache there at the same moment."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda launch: train_all(*launch), launches))
 
 
 def train_on(world_size: int, folder: Path, *settings: dict[str, str]) -> dict:

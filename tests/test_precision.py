@@ -3,7 +3,7 @@
 import pytest
 import torch
 from layouts import V3
-from runs import options, series, train_all, write_ragged_text
+from runs import options, series, side_by_side, train_all, write_ragged_text
 
 FLOAT32 = options(
     training__dtype="float32", training__mixed_precision_param="float32", training__mixed_precision_reduce="float32",
@@ -63,9 +63,9 @@ def mixtures(tmp_path_factory, text):
     """One process, eager, three steps of DeepSeek-V3's parts: in float64, with experts in a loop, and in float32, with
     the grouped product."""
     folder, batch = tmp_path_factory.mktemp("mixtures"), options(training__local_batch_size=8)
-    runs = {folder / "float64": text | V3 | batch | options(optimizer__eps=1e-4)}
-    runs[folder / "float32"] = text | V3 | batch | FLOAT32
-    return dict(zip(("float64", "float32"), train_all(1, runs), strict=True))
+    looped, grouped = text | V3 | batch | options(optimizer__eps=1e-4), text | V3 | batch | FLOAT32
+    (a,), (b,) = side_by_side((1, {folder / "64" / "run": looped}), (1, {folder / "32" / "run": grouped}))
+    return dict(float64=a, float32=b)
 
 
 def norm_error(run: dict, reference: dict) -> float:
@@ -104,9 +104,9 @@ def test_compiled_mixture_in_bfloat16(text, tmp_path):
     """The whole block compiled on one process, its parts where experts are apart: both follow eager bfloat16 to 1 %."""
     bf16 = text | V3 | FLOAT32 | options(training__mixed_precision_param="bfloat16", training__local_batch_size=8)
     compiled = options(compile__enable="true", compile__backend="aot_eager")
-    eager, whole = train_all(1, {tmp_path / "eager": bf16, tmp_path / "whole": bf16 | compiled})
     apart = bf16 | compiled | degrees(tp=2, ep=2) | options(activation_checkpoint__mode="selective")
-    (parts,) = train_all(2, {tmp_path / "parts": apart})
+    alone = {tmp_path / "eager": bf16, tmp_path / "whole": bf16 | compiled}
+    (eager, whole), (parts,) = side_by_side((1, alone), (2, {tmp_path / "parts" / "run": apart}))
     for run in (whole, parts):
         assert series(run, "loss") == pytest.approx(series(eager, "loss"), rel=1e-2)
         assert series(run, "grad_norm") == pytest.approx(series(eager, "grad_norm"), rel=3e-2)
@@ -126,10 +126,11 @@ def long_runs(tmp_path_factory, text):
     common |= options(
         training__local_batch_size=8, optimizer__lr=3e-3, lr_scheduler__warmup_steps=20, optimizer__eps=1e-8
     )
-    runs = {folder / "bfloat16": common}
+    runs = {folder / "bfloat16" / "run": common}
     for recipe in ("tensorwise", "rowwise"):
-        runs[folder / recipe] = common | FLOAT8 | options(float8__recipe=recipe)
-    return dict(zip(("bfloat16", "tensorwise", "rowwise"), train_all(1, runs), strict=True))
+        runs[folder / recipe / "run"] = common | FLOAT8 | options(float8__recipe=recipe)
+    found = side_by_side(*((1, {path: setting}) for path, setting in runs.items()))
+    return {path.parent.name: run for path, (run,) in zip(runs, found, strict=True)}
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from model import IGNORE_INDEX, ModelArgs, Transformer
 from model.head import HeadCore
 from training.distributed import init_distributed, require_equal_on_all_ranks
+from training.health import LossSpikes
 from training.lr_schedule import learning_rate
 from training.metrics import PEAK_FLOPS
 from training.optimizer import build_optimizer, clip_grad_norm
@@ -163,3 +164,13 @@ def test_peak_flops_finds_the_most_exact_name():
     first = lambda name: next(part for part in PEAK_FLOPS if part in name)  # noqa: E731
     assert first("NVIDIA H100 PCIe") == "H100 PCIe" and first("NVIDIA H100 80GB HBM3") == "H100"
     assert first("NVIDIA H200") == "H200" and first("NVIDIA H20") == "H20" and first("NVIDIA GH200 480GB") == "GH200"
+
+
+def test_a_loss_spike_is_told():
+    """Noise and a falling loss are no spike, nor is anything before there is a history; a jump is, once."""
+    spikes, noise = LossSpikes(), torch.Generator().manual_seed(0)
+    losses = [3 - 0.01 * i + 0.05 * torch.randn((), generator=noise).item() for i in range(80)]
+    assert [spikes.warning(i, loss) for i, loss in enumerate([9.0, *losses])] == [None] * 81
+    assert spikes.warning(81, math.nan) is None  # another's matter
+    assert "loss spike at step 82: 9.5000" in spikes.warning(82, 9.5)
+    assert spikes.warning(83, 2.2) is None
