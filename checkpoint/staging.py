@@ -46,4 +46,6 @@ class Staging:
             pin = self.pinned and local.device.type == "cuda"
             held = self.memory[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
         held.copy_(local, non_blocking=self.pinned)
+        if self.stream is not None and local.device.type == "cuda":
+            local.record_stream(self.stream)  # one made for this save must outlive its copy
         return dtensor_with(held, tensor) if isinstance(tensor, DTensor) else held

@@ -124,6 +124,11 @@ def hurt(kind: str) -> None:
         time.sleep(ASLEEP)
     elif kind == "out of memory":
         torch.empty(2**58)
+    elif kind == "out of GPU memory":
+        torch.empty(2**50, device="cuda")
+    elif kind == "GPU hangs":
+        for _ in range(60):
+            torch.cuda._sleep(2**31 - 1)  # a second, on a clock of 2 GHz
 
 
 def main() -> None:

@@ -1,0 +1,69 @@
+"""Small whole runs on one GPU for the tests: the real `train.main`, each in a process of its own, watched for what
+makes the CPU wait, and for what is compiled."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from ranks import run_ranks
+from runs import argv, options, read_metrics
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+SMALL = {  # sizes that float8's and attention's kernels take
+    "job.device": "cuda", "model.dim": "256", "model.n_layers": "2", "model.n_heads": "4", "model.n_kv_heads": "2",
+    "model.ffn_dim": "512", "model.vocab_size": "272", "data.dataset": "text", "data.path": str(ROOT / "tests/*.py"),
+    "data.tokenizer": "byte", "training.seq_len": "256", "training.local_batch_size": "8", "training.steps": "30",
+    "optimizer.lr": "0.001", "lr_scheduler.warmup_steps": "5", "metrics.log_freq": "1",
+}  # fmt: skip
+COMPILE = options(compile__enable="true")
+MIXTURE = {  # sizes that the grouped product takes
+    "model.attention": "mla", "model.n_kv_heads": "4", "model.q_lora_rank": "64", "model.kv_lora_rank": "64",
+    "model.qk_nope_head_dim": "64", "model.qk_rope_head_dim": "32", "model.v_head_dim": "64", "model.n_experts": "8",
+    "model.n_experts_per_token": "2", "model.n_shared_experts": "1", "model.moe_ffn_dim": "128",
+    "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.normalize_scores": "true",
+    "model.expert_bias": "true", "model.balance_loss_weight": "0.001", "model.n_mtp_layers": "1",
+}  # fmt: skip
+
+
+def _run(arguments: list[str], no_compilation_after: int | None) -> list[tuple[int, list[str]]]:
+    """`train.py ARGUMENTS`. For every step, its number and the files whose lines made the CPU wait for the GPU, from
+    after the step's data are on their way to the next one's. A compilation in a later step than that is an error."""
+    import train
+    from config import load_config
+
+    for name in ("RANK", "WORLD_SIZE"):  # one process without torchrun
+        os.environ.pop(name)
+    marks, count_valid_tokens = [], train.count_valid_tokens
+
+    def marking(*args):
+        marks.append(len(caught))
+        if no_compilation_after is not None and len(marks) == no_compilation_after + 1:
+            torch.compiler.set_stance("fail_on_recompile")
+        return count_valid_tokens(*args)
+
+    train.count_valid_tokens = marking
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        train.main(load_config(arguments))
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [
+        [
+            os.path.relpath(w.filename, ROOT)
+            for w in caught[start:end]
+            if "called a synchronizing CUDA operation" in str(w.message)
+        ]
+        for start, end in zip(marks, [*marks[1:], len(caught)], strict=True)
+    ]
+    return list(enumerate(waits, start=1))
+
+
+def run(folder: Path, *settings: dict[str, str], no_compilation_after: int | None = None) -> dict:
+    """A run's metrics, and by step what the CPU waited for."""
+    where = {"job.dump_folder": str(folder / "run"), "data.cache_folder": str(folder / "cache")}
+    (waits,) = run_ranks(1, _run, argv(SMALL, where, *settings), no_compilation_after)
+    return dict(metrics=read_metrics(folder / "run"), waits=waits)
