@@ -1,4 +1,4 @@
-"""docs/faults.md: a line for every fault that test_faults.py and test_checkpoints.py inject, from their docstrings."""
+"""docs/faults.md: a line for every fault that the tests of MODULES inject, from their docstrings."""
 
 import inspect
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 DOCS = Path(__file__).parent.parent / "docs"
-MODULES = ("test_faults", "test_checkpoints")
+MODULES = ("test_faults", "test_damaged_checkpoints", "test_saves", "test_shards")
 STALLS = DOCS / "save_stall.txt"
 
 
@@ -63,9 +63,12 @@ def write(passed: set[str]) -> None:
     kinds = "\n".join(f"- {kind}: {count}" for kind, count in sweep["by_kind"].items())
     text = f"""# What a run does when something fails
 
-Written by `pytest tests/test_faults.py tests/test_checkpoints.py --write-docs` on {date.today()}, torch
-{torch.__version__}, {platform.machine()}, gloo: each test injects the faults of its lines, and its docstring says what
-must follow. None of this was run on a GPU: NCCL's flight recorder and copies into pinned memory are set up, not tested.
+Written on {date.today()}, torch {torch.__version__}, {platform.machine()}, gloo, by
+
+    pytest --write-docs {" ".join(f"tests/{name}.py" for name in MODULES)}
+
+Each test injects the faults of its lines, and its docstring says what must follow. What needs a GPU is in
+`tests/test_cuda_faults.py`; see [gpu.md](gpu.md).
 
 | fault | what follows | test |
 |---|---|---|

@@ -3,13 +3,16 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from ranks import _context
 
 ASLEEP = 3600  # seconds
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def free_port() -> int:
@@ -129,6 +132,37 @@ def hurt(kind: str) -> None:
     elif kind == "GPU hangs":
         for _ in range(60):
             torch.cuda._sleep(2**31 - 1)  # a second, on a clock of 2 GHz
+
+
+class TwoHosts:
+    """Two network namespaces with a cable between them: two hosts, for whatever runs in them."""
+
+    NAMES, ADDRESSES = ("nano-train-0", "nano-train-1"), ("10.77.0.1", "10.77.0.2")
+
+    def ip(self, command: str) -> None:
+        subprocess.run(["ip", *command.split()], check=True, capture_output=True)
+
+    def __enter__(self) -> "TwoHosts":
+        for name in self.NAMES:
+            self.ip(f"netns add {name}")
+        self.ip(f"link add nt0 netns {self.NAMES[0]} type veth peer name nt1 netns {self.NAMES[1]}")
+        for i, (name, address) in enumerate(zip(self.NAMES, self.ADDRESSES, strict=True)):
+            self.ip(f"-n {name} addr add {address}/24 dev nt{i}")
+            self.ip(f"-n {name} link set nt{i} up")
+            self.ip(f"-n {name} link set lo up")
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name in self.NAMES:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+    def torchrun(self, i: int, arguments: list[str], output: Path) -> subprocess.Popen:
+        where = ["ip", "netns", "exec", self.NAMES[i], "env", f"GLOO_SOCKET_IFNAME=nt{i}"]
+        to = [f"--rdzv_endpoint={self.ADDRESSES[0]}:29500", "--rdzv_backend=c10d", f"--local_addr={self.ADDRESSES[i]}"]
+        to.append(f"--rdzv_conf=is_host={int(i == 0)}")  # the namespaces have one host name, and no name server
+        with open(output, "w") as file:
+            command = [*where, *TORCHRUN, "--nnodes=2", *to, "train.py", *arguments]
+            return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 def main() -> None:

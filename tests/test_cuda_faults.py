@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU, and saves beside training there. (Without one: test_faults.py, test_checkpoints.py.)"""
+"""What goes wrong on a GPU, and saves beside training there. (Without one: test_faults.py, test_saves.py.)"""
 
 import json
 import pickle
@@ -61,7 +61,7 @@ class Job:
 
     def run(self, fault: dict | None = None) -> int:
         where = {"job.dump_folder": str(self.folder / "run"), "data.cache_folder": str(self.folder / "cache")}
-        (code,) = exit_codes(start(1, argv(SMALL, where, EXACT, *self.settings), str(self.output), fault))
+        (code,) = exit_codes(start(1, argv(SMALL, where, EXACT, *self.settings), str(self.output), fault), timeout=240)
         return code
 
     @property

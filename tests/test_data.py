@@ -1,6 +1,7 @@
-"""Where documents come from."""
+"""Where documents come from, and the cache of those that a run tokenises itself."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -159,3 +160,70 @@ def test_stream_of_hugging_face(monkeypatch):
     assert [list(unit) for unit in source.units(1)] == [["one", "two"], [], ["three"]]
     with pytest.raises(ValueError, match=r'no string under "body" \(text_key\); it has keys text\.'):
         list(Stream("owner/name", "en", "train", "body").units(1)[0])
+
+
+# ---------------------------------------------------------------------------------- text that a run tokenises itself
+
+
+def test_cache_is_found_and_follows_its_inputs(tmp_path):
+    """The same inputs are tokenised once; another tokenizer or text gives another folder and fingerprint."""
+
+    def build(tokenizer):
+        return build_dataset("text", f"{tmp_path}/texts", tokenizer, seq_len=4, seed=0, cache_folder=cache)
+
+    def folder(dataset):
+        return dataset.corpora[0].folder
+
+    cache = tmp_path / "cache"
+    first = text_dataset(tmp_path, "some text, long enough")
+    written = (folder(first) / "00000.tokens").stat().st_mtime_ns
+    again = build(BYTE)
+    assert folder(again) == folder(first) and (folder(first) / "00000.tokens").stat().st_mtime_ns == written
+    assert again.fingerprint == first.fingerprint
+    bpe = build(build_tokenizer("bpe_4096"))
+    other = text_dataset(tmp_path, "some text, long_enough")
+    assert len({folder(d) for d in (first, bpe, other)}) == 3
+    assert len({first.fingerprint, bpe.fingerprint, other.fingerprint}) == 3
+    assert sorted(os.listdir(cache)) == sorted(folder(d).name for d in (first, bpe, other))
+    assert sorted(os.listdir(folder(first))) == ["00000.tokens", "index.json"]
+
+
+@pytest.mark.parametrize("keep", [0, 100, -1])
+@pytest.mark.parametrize("name", ["00000.tokens", "index.json"])
+def test_torn_cache_is_rebuilt(tmp_path, keep, name):
+    """A cached shard cut anywhere is made again, to the same bytes; an index that is no index is an error."""
+    path = text_dataset(tmp_path).corpora[0].folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:keep])
+    if name == "index.json":
+        with pytest.raises(ValueError, match="is not a corpus' index; prepare the corpus again"):
+            build_again(tmp_path)
+        return
+    build_again(tmp_path)
+    assert path.read_bytes() == whole
+
+
+def build_again(folder):
+    build_dataset("text", str(folder / "texts"), BYTE, seq_len=8, seed=0, cache_folder=folder / "cache")
+
+
+def test_failed_writer_leaves_no_corpus(tmp_path):
+    """A document that cannot be read, or no text at all, is an error and leaves nothing that would be used."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("fine")
+    (tmp_path / "texts/b.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
+        text_dataset(tmp_path)
+    assert not [name for *_, names in os.walk(tmp_path / "cache") for name in names]
+    (tmp_path / "texts/b.txt").unlink()
+    (tmp_path / "texts/a.txt").write_text("")
+    with pytest.raises(ValueError, match=r"no text in the 1 file\(s\) of .*texts: nothing, or only empty documents"):
+        build_again(tmp_path)
+    assert not list((tmp_path / "cache").glob("*/index.json"))
+
+
+def test_cache_that_cannot_be_written(tmp_path):
+    """A cache folder that cannot be one is the user's error, in one line."""
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(ValueError, match=r"/cache/\w+ cannot be used: Not a directory\.$"):
+        text_dataset(tmp_path)

@@ -1,20 +1,20 @@
 """What a run does when something fails. Each test injects one fault, and is one line of docs/faults.md, which
 `pytest tests/test_faults.py --write-docs` writes: the fault is the test's name, what follows its docstring.
 
-(Damaged checkpoints and failed saves are in test_checkpoints.py; scripts/fault_sweep.py kills many times.)
+(Damaged checkpoints, failed saves and damaged data: test_damaged_checkpoints.py, test_saves.py, test_shards.py; many
+kills: scripts/fault_sweep.py.)
 """
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import fault_table
 import pytest
 from fault_table import fault
-from faults import exit_codes, start
+from faults import TORCHRUN, TwoHosts, exit_codes, start
 from runs import TINY, argv, options, read_metrics, write_ragged_text
 
 from training.signals import EXIT_PREEMPTED
@@ -25,7 +25,6 @@ RUN = options(
     training__local_batch_size=1, comm__timeout_seconds=60,
 )  # fmt: skip
 ASYNC = options(checkpoint__async_mode="async")
-TRAIN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 class Job:
@@ -142,7 +141,7 @@ def test_a_rank_asleep_in_a_collective(job):
 @fault("a rank crashes under torchrun --max-restarts")
 def test_restart_by_torchrun(job, undisturbed):
     """A rank crashes, `torchrun --max-restarts` starts all again, and they resume by themselves."""
-    command = [*TRAIN, "--standalone", "--max-restarts=1", "tests/faults.py", "crash", "6", "1", *job.argv()]
+    command = [*TORCHRUN, "--standalone", "--max-restarts=1", "tests/faults.py", "crash", "6", "1", *job.argv()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
     assert "error: rank 1 failed: RuntimeError: injected" in done.stderr
@@ -176,7 +175,7 @@ def test_a_signal_to_one_rank(name, job, undisturbed):
 def test_sigterm_to_the_whole_process_group_with_data_workers(job, undisturbed):
     """torchrun, its ranks and their data workers all get it: the workers live on, the ranks save and end."""
     settings = options(data__num_workers=1, training__steps=100000, metrics__log_freq=1)
-    command = [*TRAIN, "--standalone", "train.py", *job.argv(settings)]
+    command = [*TORCHRUN, "--standalone", "train.py", *job.argv(settings)]
     with open(job.output, "w") as file:
         torchrun = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
     deadline = time.monotonic() + 90
@@ -242,37 +241,6 @@ def test_two_jobs_in_one_folder(job):
     assert f"another run is using job.dump_folder {job.folder / 'run'} (process {processes[0].pid} on " in line
     processes[0].kill()
     assert job.run(2) == [0, 0]
-
-
-class TwoHosts:
-    """Two network namespaces with a cable between them: two hosts, for whatever runs in them."""
-
-    NAMES, ADDRESSES = ("nano-train-0", "nano-train-1"), ("10.77.0.1", "10.77.0.2")
-
-    def ip(self, command: str) -> None:
-        subprocess.run(["ip", *command.split()], check=True, capture_output=True)
-
-    def __enter__(self) -> "TwoHosts":
-        for name in self.NAMES:
-            self.ip(f"netns add {name}")
-        self.ip(f"link add nt0 netns {self.NAMES[0]} type veth peer name nt1 netns {self.NAMES[1]}")
-        for i, (name, address) in enumerate(zip(self.NAMES, self.ADDRESSES, strict=True)):
-            self.ip(f"-n {name} addr add {address}/24 dev nt{i}")
-            self.ip(f"-n {name} link set nt{i} up")
-            self.ip(f"-n {name} link set lo up")
-        return self
-
-    def __exit__(self, *_) -> None:
-        for name in self.NAMES:
-            subprocess.run(["ip", "netns", "del", name], capture_output=True)
-
-    def torchrun(self, i: int, arguments: list[str], output: Path) -> subprocess.Popen:
-        where = ["ip", "netns", "exec", self.NAMES[i], "env", f"GLOO_SOCKET_IFNAME=nt{i}"]
-        to = [f"--rdzv_endpoint={self.ADDRESSES[0]}:29500", "--rdzv_backend=c10d", f"--local_addr={self.ADDRESSES[i]}"]
-        to.append(f"--rdzv_conf=is_host={int(i == 0)}")  # the namespaces have one host name, and no name server
-        with open(output, "w") as file:
-            command = [*where, *TRAIN, "--nnodes=2", *to, "train.py", *arguments]
-            return subprocess.Popen(command, stdout=file, stderr=file)
 
 
 @fault("two hosts (no fault)")

@@ -11,8 +11,9 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT
+from fault_table import fault
 from runs import TINY, argv, run_command
-from test_data import BYTE, text_dataset
+from test_data import BYTE
 
 from data import build_dataset, build_loader, build_tokenizer
 from data.dataset import TokenDataset
@@ -143,6 +144,7 @@ def copied(corpus, folder):
     return folder
 
 
+@fault("data: truncated or missing shard")
 def test_truncated_shard(texts, corpus, tmp_path):
     """Is noticed when the corpus is opened, as is one that is missing; the same command makes just that one again."""
     folder = copied(corpus, tmp_path)
@@ -159,6 +161,7 @@ def test_truncated_shard(texts, corpus, tmp_path):
     assert files_of(folder) == files_of(corpus)
 
 
+@fault("data: a shard changed, its size kept")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_changed_shard(corpus, tmp_path, num_workers):
     """One bit, the size kept: noticed before anything is trained on it, and by --verify, which names the shard. Samples
@@ -186,6 +189,7 @@ def test_changed_shard(corpus, tmp_path, num_workers):
     assert done.returncode == 1 and "00003.tokens: SHA-256" in done.stderr
 
 
+@fault("data: a run on a shard that has changed")
 def test_a_run_on_a_changed_shard(corpus, tmp_path):
     """Ends with one line that names it, though it is a worker that has read it."""
     folder = copied(corpus, tmp_path / "changed")
@@ -199,6 +203,7 @@ def test_a_run_on_a_changed_shard(corpus, tmp_path):
     assert "Traceback" not in "\n".join(lines)
 
 
+@fault("data: a shard shrinks while it is read")
 def test_shard_that_shrinks_while_it_is_read(corpus, tmp_path):
     """Is an error that names it, not the end of the process."""
     folder = copied(corpus, tmp_path)
@@ -207,73 +212,6 @@ def test_shard_that_shrinks_while_it_is_read(corpus, tmp_path):
     os.truncate(shard_path(folder, 0), 100)
     with pytest.raises(ValueError, match=r"00000\.tokens has changed"):
         opened.read(0, 10)
-
-
-# ---------------------------------------------------------------------------------- text that a run tokenises itself
-
-
-def test_cache_is_found_and_follows_its_inputs(tmp_path):
-    """The same inputs are tokenised once; another tokenizer or text gives another folder and fingerprint."""
-
-    def build(tokenizer):
-        return build_dataset("text", f"{tmp_path}/texts", tokenizer, seq_len=4, seed=0, cache_folder=cache)
-
-    def folder(dataset):
-        return dataset.corpora[0].folder
-
-    cache = tmp_path / "cache"
-    first = text_dataset(tmp_path, "some text, long enough")
-    written = (folder(first) / "00000.tokens").stat().st_mtime_ns
-    again = build(BYTE)
-    assert folder(again) == folder(first) and (folder(first) / "00000.tokens").stat().st_mtime_ns == written
-    assert again.fingerprint == first.fingerprint
-    bpe = build(build_tokenizer("bpe_4096"))
-    other = text_dataset(tmp_path, "some text, long_enough")
-    assert len({folder(d) for d in (first, bpe, other)}) == 3
-    assert len({first.fingerprint, bpe.fingerprint, other.fingerprint}) == 3
-    assert sorted(os.listdir(cache)) == sorted(folder(d).name for d in (first, bpe, other))
-    assert sorted(os.listdir(folder(first))) == ["00000.tokens", "index.json"]
-
-
-@pytest.mark.parametrize("keep", [0, 100, -1])
-@pytest.mark.parametrize("name", ["00000.tokens", "index.json"])
-def test_torn_cache_is_rebuilt(tmp_path, keep, name):
-    """A cached shard cut anywhere is made again, to the same bytes; an index that is no index is an error."""
-    path = text_dataset(tmp_path).corpora[0].folder / name
-    whole = path.read_bytes()
-    path.write_bytes(whole[:keep])
-    if name == "index.json":
-        with pytest.raises(ValueError, match="is not a corpus' index; prepare the corpus again"):
-            build_again(tmp_path)
-        return
-    build_again(tmp_path)
-    assert path.read_bytes() == whole
-
-
-def build_again(folder):
-    build_dataset("text", str(folder / "texts"), BYTE, seq_len=8, seed=0, cache_folder=folder / "cache")
-
-
-def test_failed_writer_leaves_no_corpus(tmp_path):
-    """A document that cannot be read, or no text at all, is an error and leaves nothing that would be used."""
-    (tmp_path / "texts").mkdir()
-    (tmp_path / "texts/a.txt").write_text("fine")
-    (tmp_path / "texts/b.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"b\.txt is not UTF-8"):
-        text_dataset(tmp_path)
-    assert not [name for *_, names in os.walk(tmp_path / "cache") for name in names]
-    (tmp_path / "texts/b.txt").unlink()
-    (tmp_path / "texts/a.txt").write_text("")
-    with pytest.raises(ValueError, match=r"no text in the 1 file\(s\) of .*texts: nothing, or only empty documents"):
-        build_again(tmp_path)
-    assert not list((tmp_path / "cache").glob("*/index.json"))
-
-
-def test_cache_that_cannot_be_written(tmp_path):
-    """A cache folder that cannot be one is the user's error, in one line."""
-    (tmp_path / "cache").write_text("a file")
-    with pytest.raises(ValueError, match=r"/cache/\w+ cannot be used: Not a directory\.$"):
-        text_dataset(tmp_path)
 
 
 # ---------------------------------------------------------------------------------- as a data set
