@@ -5,6 +5,7 @@
     profile    the trainer; one of its steps recorded by torch.profiler
     compile    the trainer, for what it leaves in the compiler's cache
     ceiling    single large matrix products, in bfloat16 and float8
+    experts    the grouped product of DeepSeek-V2-Lite's experts, likewise (not a part of benchmark_gpu.py)
 
 Imports what it needs, then waits for a line on stdin. Writes FOLDER/metrics.jsonl (the trainer's own or, by the same
 class, the plain loop's) and FOLDER/facts.json.
@@ -110,6 +111,33 @@ def ceiling(device: torch.device, size: int) -> dict[str, float]:
     return {name: 2 * size**3 / _seconds(product, device) / 1e12 for name, product in products.items()}
 
 
+def experts(device: torch.device) -> dict[str, float]:
+    """TFLOP/s of one grouped product of DeepSeek-V2-Lite's experts, forward and both of backward, compiled: 64 experts
+    of 2,048 x 1,408 over 98,304 rows; in bfloat16, and by torchao's prototype in float8 rowwise, casts included."""
+    from torchao.prototype.moe_training.fp8_grouped_mm import _to_fp8_rowwise_then_scaled_grouped_mm as in_float8
+
+    groups, rows, d_in, d_out = 64, 98304, 2048, 1408
+    ends = torch.arange(1, groups + 1, dtype=torch.int32, device=device) * (rows // groups)
+    x, weight, gradient = (
+        torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=grad)
+        for shape, grad in (((rows, d_in), True), ((groups, d_out, d_in), True), ((rows, d_out), False))
+    )
+    products = {
+        "experts bfloat16": torch.compile(lambda: torch.nn.functional.grouped_mm(x, weight.mT, offs=ends)),
+        "experts float8 rowwise": torch.compile(
+            lambda: in_float8(x, weight.mT, offs=ends, pad_token_groups_for_grouped_mm=False)
+        ),
+    }
+
+    def both_ways(product) -> None:
+        torch.autograd.grad(product(), (x, weight), gradient)
+
+    return {
+        name: 3 * 2 * rows * d_in * d_out / _seconds(lambda p=product: both_ways(p), device) / 1e12
+        for name, product in products.items()
+    }
+
+
 def _seconds(function, device: torch.device) -> float:
     times = []
     for _ in range(25):
@@ -212,6 +240,9 @@ def main() -> None:
     elif kind == "ceiling":
         is_cuda = config.job.device != "cpu" and torch.cuda.is_available()
         facts["ceiling"] = ceiling(torch.device("cuda" if is_cuda else "cpu"), 8192 if is_cuda else 256)
+    elif kind == "experts":
+        facts["experts"] = experts(torch.device("cuda"))
+        print(facts["experts"])
     facts["machine"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     (folder / "facts.json").write_text(json.dumps(facts, indent=1))
 

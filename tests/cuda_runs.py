@@ -2,6 +2,7 @@
 makes the CPU wait, and for what is compiled."""
 
 import os
+import threading
 import warnings
 from pathlib import Path
 
@@ -46,19 +47,19 @@ def _run(arguments: list[str], no_compilation_after: int | None) -> list[tuple[i
         return count_valid_tokens(*args)
 
     train.count_valid_tokens = marking
-    with warnings.catch_warnings(record=True) as caught:
+    caught, this_thread = [], threading.current_thread()  # others may wait
+
+    def catch(message, category, filename, *_):
+        if threading.current_thread() is this_thread and "called a synchronizing CUDA operation" in str(message):
+            caught.append(os.path.relpath(filename, ROOT))
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = catch
         torch.cuda.set_sync_debug_mode("warn")
         train.main(load_config(arguments))
         torch.cuda.set_sync_debug_mode("default")
-    waits = [
-        [
-            os.path.relpath(w.filename, ROOT)
-            for w in caught[start:end]
-            if "called a synchronizing CUDA operation" in str(w.message)
-        ]
-        for start, end in zip(marks, [*marks[1:], len(caught)], strict=True)
-    ]
+    waits = [caught[start:end] for start, end in zip(marks, [*marks[1:], len(caught)], strict=True)]
     return list(enumerate(waits, start=1))
 
 

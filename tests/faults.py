@@ -125,12 +125,15 @@ def hurt(kind: str) -> None:
         os.kill(os.getpid(), getattr(signal, kind))
     elif kind == "sleep":
         time.sleep(ASLEEP)
+    elif kind == "NCCL's file":
+        Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + os.environ["RANK"]).write_text("its last collectives")
+        time.sleep(ASLEEP)
     elif kind == "out of memory":
         torch.empty(2**58)
     elif kind == "out of GPU memory":
         torch.empty(2**50, device="cuda")
     elif kind == "GPU hangs":
-        for _ in range(60):
+        for _ in range(100):
             torch.cuda._sleep(2**31 - 1)  # a second, on a clock of 2 GHz
 
 

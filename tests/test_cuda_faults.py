@@ -97,10 +97,11 @@ def test_out_of_memory(tmp_path):
 
 
 def test_a_collective_that_hangs(tmp_path):
-    """Behind a kernel that does not end, NCCL's next collective ends the run after comm.timeout_seconds; its flight
-    recorder's last collectives, and the stack, are in the dump folder."""
+    """Behind a kernel that does not end, NCCL's next collective ends the run after comm.timeout_seconds, with a line
+    that says so; its flight recorder's last collectives, and where the CPU waits, are in the dump folder."""
     job = Job(tmp_path, options(comm__timeout_seconds="10"))
-    assert job.run(dict(kind="GPU hangs", step=3)) not in (0, None), job.text
+    assert job.run(dict(kind="GPU hangs", step=3)) == 1, job.text
+    assert "rank 0 failed: one of NCCL's collectives was not done after comm.timeout_seconds" in job.text
     stacks = tmp_path / "run" / "stacks"
     recorded = pickle.loads((stacks / "nccl-rank-0").read_bytes())["entries"]
     assert any(entry["state"] != "completed" for entry in recorded), recorded

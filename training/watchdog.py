@@ -3,10 +3,12 @@
 A rank that fails says so in the process group's store; a thread in each rank looks there twice a second. So a rank that
 sleeps in a collective, or outside of one, for a peer that is gone ends too, within seconds, and the stacks of all its
 threads go to `stacks/rank-N.txt` in the dump folder. So they do when a rank gets SIGTERM, which is what torchrun sends
-to those that are left, and when it crashes. NCCL's flight recorder writes its last collectives there as well.
+to those that are left, and when it crashes.
 
 A collective that hangs raises after comm.timeout_seconds in the ranks that wait in it, and from there on the same
-happens.
+happens. On a GPU the CPU waits for a kernel then, and raises nothing: there NCCL writes its last collectives beside the
+stacks (its flight recorder), and that this file appears is what the thread takes for the rank's failure. NCCL's own end
+of the process, an abort, may come much later, and says less.
 """
 
 import faulthandler
@@ -19,6 +21,7 @@ import time
 from parallelize.compat import default_store
 
 FAILURE = "nano_train/failure"
+NCCL_FILE = "nccl-rank-"
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0  # for this rank's own error, which says more, to be reported first
 
@@ -31,7 +34,7 @@ def record_nccl(dump_folder: str) -> None:
     """Before the process group exists: NCCL's last collectives are kept, and written when one times out."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    path = os.path.join(os.path.abspath(stacks_folder(dump_folder)), "nccl-rank-")  # and the rank's number
+    path = os.path.join(os.path.abspath(stacks_folder(dump_folder)), NCCL_FILE)  # and the rank's number
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", path)
 
 
@@ -45,6 +48,8 @@ class Watchdog(threading.Thread):
         os.makedirs(self.folder, exist_ok=True)
         self.path = os.path.join(self.folder, f"rank-{rank}.txt")
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - written to in a crash
+        self.nccl_path = os.path.join(self.folder, f"{NCCL_FILE}{rank}")
+        self.nccl_before = _version(self.nccl_path)  # an earlier run's
         faulthandler.enable(self.file)
         faulthandler.register(signal.SIGTERM, self.file, chain=True)
         try:
@@ -57,6 +62,11 @@ class Watchdog(threading.Thread):
 
     def run(self) -> None:
         while not self.stopped.wait(POLL_SECONDS):
+            if _version(self.nccl_path) != self.nccl_before:
+                self.tell(
+                    f"rank {self.rank} failed: one of NCCL's collectives was not done after comm.timeout_seconds; its "
+                    f"last ones are in {self.nccl_path}"
+                )
             try:
                 failure = self.store.get(FAILURE).decode() if self.store.check([FAILURE]) else None
             except Exception:
@@ -105,6 +115,15 @@ class Watchdog(threading.Thread):
         self.file.close()
         if os.path.getsize(self.path) == 0:
             os.remove(self.path)
+
+
+def _version(path: str) -> tuple | None:
+    """What changes when a file is written; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def running_watchdog() -> Watchdog | None:
