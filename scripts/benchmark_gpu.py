@@ -240,6 +240,8 @@ def main() -> None:
             print_profile(case.folder / "trace.json", steps=PROFILED_STEPS)
         rows.append(row)
         save(rows, arguments.out)
+        if row["status"] != "ok":
+            time.sleep(10)  # until the driver has its memory back
     products = rows[0].get("facts", {}).get("ceiling", {})
     print("\n" + ", ".join(f"{product} {value:,.1f} TFLOP/s" for product, value in products.items()), end="\n\n")
     print(table(rows))

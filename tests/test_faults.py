@@ -17,6 +17,7 @@ from fault_table import fault
 from faults import TORCHRUN, TwoHosts, exit_codes, start
 from runs import TINY, argv, options, read_metrics, write_ragged_text
 
+from training.distributed import OUT_OF_MEMORY, _report_failure
 from training.signals import EXIT_PREEMPTED
 
 STEPS = 8
@@ -237,6 +238,15 @@ def test_out_of_memory(job):
     assert job.run(2, fault=dict(kind="out of memory", step=2, rank=1)) == [1, 1]
     (line,) = [line for line in job.lines if line.startswith("error")]
     assert "rank 1 failed" in line and "lower training.local_batch_size" in line
+
+
+@pytest.mark.parametrize("text", OUT_OF_MEMORY)
+def test_out_of_memory_in_other_words(text, capfd):
+    """torch raises it as several errors; each is told from another error by its text."""
+    _report_failure(RuntimeError(f"{text}: more of it"), None)
+    _report_failure(RuntimeError("something else"), None)
+    first, other = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "lower training.local_batch_size" in first and "lower training.local_batch_size" not in other
 
 
 # ------------------------------------------------------------------------------------------------ jobs and hosts

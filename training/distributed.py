@@ -17,7 +17,11 @@ import torch.distributed as dist
 from training.watchdog import POLL_SECONDS, Watchdog, running_watchdog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-OUT_OF_MEMORY = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+OUT_OF_MEMORY = (  # where it is no OutOfMemoryError; the last: what the allocator does not ask for, as kernels' own
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+)
 TIMED_OUT = ("timed out", "timeout")
 ERROR_GRACE_SECONDS = 10  # how long other ranks let rank 0 report an error that all of them have met
 
