@@ -6,6 +6,7 @@ the same on any number of ranks, and a run goes on exactly with other ranks or b
 many samples are behind it.
 """
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -129,10 +130,18 @@ def build_loader(
 
 def _outlive_signals(worker: int) -> None:
     """In a worker. The signal that asks a run to save and end often goes to all of its processes; a worker that died of
-    it would end the run with an error instead. So only its parent can end it."""
+    it would end the run with an error instead. So only the run's own process can end it, by a signal or by its end.
+    (torch looks whether os.getppid() changes, which is a server's number where workers are not forked.)"""
+    run = multiprocessing.parent_process()
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # in threads too
+        threading.Thread(target=_end_when_told_by, args=(run.pid,), daemon=True).start()
+    threading.Thread(target=_end_with, args=(run,), daemon=True).start()
+
+
+def _end_with(run) -> None:
+    run.join()
+    os._exit(1)
 
 
 def _end_when_told_by(parent: int) -> None:

@@ -5,4 +5,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test
 
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# Two files of tests at a time: many wait for processes to start, and leave a core idle.
+exec python -m pytest -n 2 --dist loadfile "$@"

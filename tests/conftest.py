@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 
 def pytest_sessionfinish(session):
-    if session.config.getoption("--write-docs"):
+    if session.config.getoption("--write-docs") and not hasattr(session.config, "workerinput"):
         import fault_table
 
         reports = session.config.pluginmanager.get_plugin("terminalreporter").stats

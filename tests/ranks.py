@@ -6,6 +6,7 @@ instead of the several that importing torch takes, and each layout gets a proces
 
 import multiprocessing
 import os
+import random
 import socket
 import tempfile
 import time
@@ -26,9 +27,7 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 300, 
     function must be importable (top level of a test module). Any rank's failure ends all, and is raised with its text.
     """
     __tracebackhide__ = True
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             _context.Process(target=_rank, args=(rank, world_size, port, folder, function, args, kwargs))
@@ -47,6 +46,19 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 300, 
             errors = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*.error")))
             raise AssertionError(f"exit codes {[p.exitcode for p in processes]}\n{errors}")
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+def free_port() -> int:
+    """A port that is free, and stays so until it is used: it is none of those that systems give to connections, and
+    tests that run side by side will hardly draw the same."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with socket.socket() as s:
+            try:
+                s.bind(("127.0.0.1", port))
+                return port
+            except OSError:
+                continue
 
 
 def _rank(rank: int, world_size: int, port: int, folder: str, function: Callable, args: tuple, kwargs: dict) -> None:

@@ -222,6 +222,29 @@ def test_workers_outlive_signals(dataset):
     assert not workers[0].is_alive()
 
 
+def _fetch_and_wait(dataset, pipe) -> None:
+    loader = loader_of(dataset, num_workers=2)
+    take(loader, 1)
+    pipe.send([worker.pid for worker in multiprocessing.active_children()])
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_workers_end_with_their_run(dataset, method):
+    """kill -9 of the process that trains: its workers do not stay behind, however they were started."""
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    run = context.Process(target=_fetch_and_wait, args=(dataset, there))
+    run.start()
+    workers = here.recv()
+    run.kill()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{worker}") for worker in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [worker for worker in workers if os.path.exists(f"/proc/{worker}")]
+    assert len(workers) == 2 and not left
+
+
 def test_loader_leaves_the_random_state_alone(dataset):
     """Reading data draws no number from torch's global generator, so dropout does not depend on it."""
     before = torch.get_rng_state()
