@@ -58,10 +58,11 @@ def gradient_norms(parameters: dict[str, torch.nn.Parameter]) -> dict[str, float
     """The norm of each parameter's gradient, by name, of those that this rank has a part of. A collective."""
     groups = defaultdict(list)
     for name, parameter in parameters.items():
-        grad = parameter.grad
-        assert isinstance(grad, DTensor), name
-        axes = tuple((grad.device_mesh, a) for a, p in enumerate(grad.placements) if not p.is_replicate())
-        groups[axes].append((name, grad.to_local()))
+        grad, axes = parameter.grad, ()
+        if isinstance(grad, DTensor):  # all but one process's that casts no weight
+            axes = tuple((grad.device_mesh, a) for a, p in enumerate(grad.placements) if not p.is_replicate())
+            grad = grad.to_local()
+        groups[axes].append((name, grad))
     norms = {}
     for axes, named in groups.items():
         squares = torch.stack([local.double().square().sum() for _, local in named])
@@ -166,7 +167,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="layouts whose names match one of these, as in 'moe*'")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "smoke", help="for results.json and the runs")
     given = parser.parse_args(argv)
-    os.environ.update(PYTHONPATH=os.pathsep.join(PATHS), OMP_NUM_THREADS="1")  # of the ranks
+    # Of the ranks. (The compiler would start a pool of processes in each.)
+    os.environ.update(PYTHONPATH=os.pathsep.join(PATHS), OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
     plans = [[made] for made in all_layouts(given.ranks)] + all_chains(given.ranks)
     chosen = [plan for plan in plans if any(fnmatch(name_of(plan), pattern) for pattern in given.only)]
     if not chosen:
