@@ -167,8 +167,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--only", nargs="+", default=["*"], help="layouts whose names match one of these, as in 'moe*'")
     parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "smoke", help="for results.json and the runs")
     given = parser.parse_args(argv)
-    # Of the ranks. (The compiler would start a pool of processes in each.)
-    os.environ.update(PYTHONPATH=os.pathsep.join(PATHS), OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
+    # Of the ranks. The compiler would start a pool of processes in each; and it makes a lock, which Python's tracker of
+    # resources remarks on at the end.
+    os.environ.update(PYTHONPATH=os.pathsep.join(PATHS), OMP_NUM_THREADS="1")
+    os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", PYTHONWARNINGS="ignore:resource_tracker")
     plans = [[made] for made in all_layouts(given.ranks)] + all_chains(given.ranks)
     chosen = [plan for plan in plans if any(fnmatch(name_of(plan), pattern) for pattern in given.only)]
     if not chosen:

@@ -5,7 +5,7 @@
 #   scripts/smoke_8gpu.sh                    all GPUs (1, 2, 4 or 8), or 8 CPU processes where there is none
 #   scripts/smoke_8gpu.sh 4 --cpu            4 CPU processes
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" test # tests/ranks.py starts the ranks
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" ""
 
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # gloo's remarks on host names
 exec python scripts/smoke.py "$@"
