@@ -16,8 +16,8 @@ import smoke  # noqa: E402
 from smoke_layouts import all_chains, all_layouts  # noqa: E402
 
 STEPS = [
-    dict(loss=8.3, grad_norm=1.5, gradients={"layers.0.w": [0.5, 0.5], "norm.weight": [0.01]}),
-    dict(loss=8.2, grad_norm=1.4, gradients={"layers.0.w": [0.4, 0.4], "norm.weight": [0.02]}),
+    dict(loss=8.3, grad_norm=1.5, gradients={"layers.0.w": [(0.5, 0.3), (0.5, 0.3)], "norm.weight": [(0.01, 0.0)]}),
+    dict(loss=8.2, grad_norm=1.4, gradients={"layers.0.w": [(0.4, 0.3), (0.4, 0.3)], "norm.weight": [(0.02, 0.0)]}),
 ]
 
 
@@ -47,14 +47,15 @@ def test_two_layouts_and_a_resumed_run_on_two_ranks(tmp_path):
 @pytest.mark.parametrize("model", ("dense", "moe"))
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float64"))
 def test_what_differs_is_told(model, dtype):
-    """A parameter's gradient that is doubled or lost (on the second rank alone), a norm or a loss that is off, a loss
+    """A parameter's gradient that is doubled, turned or lost (on one rank alone), a norm or a loss that is off, a loss
     that is no number: each is a verdict with its place, in every dtype."""
     tolerance = smoke.TOLERANCE[model, dtype]
     assert smoke.verdict(smoke.differences(STEPS, STEPS), tolerance) == ""
     for change, said in (
-        (lambda steps: steps[0]["gradients"].update({"norm.weight": [0.02]}), "norm.weight, step 1"),
-        (lambda steps: steps[0]["gradients"].update({"layers.0.w": [0.5, 1.0]}), "layers.0.w, step 1"),
-        (lambda steps: steps[1]["gradients"].update({"layers.0.w": [0.4, 0.0]}), "layers.0.w, step 2"),
+        (lambda steps: steps[0]["gradients"].update({"norm.weight": [(0.02, 0.0)]}), "norm.weight, step 1"),
+        (lambda steps: steps[0]["gradients"].update({"layers.0.w": [(0.5, 0.3), (1.0, 0.6)]}), "layers.0.w, step 1"),
+        (lambda steps: steps[0]["gradients"].update({"layers.0.w": [(0.5, -0.3)]}), "layers.0.w, step 1"),
+        (lambda steps: steps[1]["gradients"].update({"layers.0.w": [(0.4, 0.3), (0.0, 0.0)]}), "layers.0.w, step 2"),
         (lambda steps: steps[1]["gradients"].pop("norm.weight"), "norm.weight, step 2"),
         (lambda steps: steps[1].update(grad_norm=1.4 * 1.05), "grad_norm by 5.0e-02"),
         (lambda steps: steps[1].update(loss=8.2 * 1.001), "loss by 1.0e-03"),
@@ -73,7 +74,7 @@ def test_a_layout_that_differs_ends_the_smoke_run_in_an_error(tmp_path, monkeypa
         seen.append(name)
         steps = deepcopy(STEPS)
         if "DualPipeV" in name:
-            steps[0]["gradients"]["norm.weight"] = [0.02]
+            steps[0]["gradients"]["norm.weight"] = [(0.02, 0.0)]
         return steps
 
     monkeypatch.setattr(smoke, "run", wrong_with_dualpipe)
