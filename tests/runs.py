@@ -59,7 +59,7 @@ def record_run(arguments: list[str]) -> dict:
 
     parameters, gradients, valid, experts, biases = {}, [], [], [], {}
     build_optimizer, clip_grad_norm = train.build_optimizer, train.clip_grad_norm
-    count_valid_tokens, init_distributed = train.count_valid_tokens, train.init_distributed
+    count_valid_tokens = train.count_valid_tokens
 
     def held(tensor):
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -84,16 +84,12 @@ def record_run(arguments: list[str]) -> dict:
 
     update = train.ExpertBalance.update
 
-    def init_once(device, timeout):
-        return torch.device("cpu") if dist.is_initialized() else init_distributed(device, timeout)
-
     torch.compiler.reset()  # a graph of an earlier layout must not be taken for this one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_optimizer", recording_build)
         patch.setattr(train, "clip_grad_norm", recording_clip)
         patch.setattr(train, "count_valid_tokens", recording_count)
         patch.setattr(train.ExpertBalance, "update", recording_update)
-        patch.setattr(train, "init_distributed", init_once)
         train.main(load_config(arguments))
     weights = {name: held(p) for name, p in parameters.items()}
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how full_tensor does it

@@ -33,7 +33,8 @@ def rank() -> int:
 
 def init_distributed(device: str, timeout_seconds: int) -> torch.device:
     """Starts the process group that torchrun prepared (or one of a single process without it); returns this rank's
-    device. device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run."""
+    device. device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run. A group
+    that exists already is taken as it is: a process may train several times."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -44,6 +45,9 @@ def init_distributed(device: str, timeout_seconds: int) -> torch.device:
                 f"{num_gpus} processes a machine, or add --job.device cpu."
             )
         torch.cuda.set_device(local_rank)
+    this_device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    if dist.is_initialized():
+        return this_device
     # Tensors on the CPU are communicated too: barriers, and gradients under CPU offload.
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
@@ -57,10 +61,9 @@ def init_distributed(device: str, timeout_seconds: int) -> torch.device:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=this, world_size=ranks)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    if device == "cuda":
-        return torch.device(device, torch.cuda.current_device())
-    _keep_freed_memory()
-    return torch.device("cpu")
+    if device == "cpu":
+        _keep_freed_memory()
+    return this_device
 
 
 def _keep_freed_memory() -> None:
