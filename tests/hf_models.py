@@ -72,10 +72,10 @@ def build(kind: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
     model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.copy_(
-                torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.2 + (tensor.dim() == 1)
-            )
+        for name, tensor in model.named_parameters():
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.2 + (tensor.dim() == 1)
+            # transformers, from 5.24 on, reads a router's weight as float32 whatever the model's dtype.
+            tensor.copy_(values.float() if name.endswith("gate.weight") else values)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
