@@ -21,7 +21,7 @@ import time
 from parallelize.compat import default_store
 
 FAILURE = "nano_train/failure"
-NCCL_FILE = "nccl-rank-"
+NCCL_FILE = "TORCH_FR_DUMP_TEMP_FILE"  # where NCCL writes, to which it adds the rank's number
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0  # for this rank's own error, which says more, to be reported first
 
@@ -34,12 +34,11 @@ def record_nccl(dump_folder: str) -> None:
     """Before the process group exists: NCCL's last collectives are kept, and written when one times out."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-    path = os.path.join(os.path.abspath(stacks_folder(dump_folder)), NCCL_FILE)  # and the rank's number
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", path)
+    os.environ.setdefault(NCCL_FILE, os.path.join(os.path.abspath(stacks_folder(dump_folder)), "nccl-rank-"))
 
 
 class Watchdog(threading.Thread):
-    """Make it after StopSignals (it hands SIGTERM on), stop it before the process group ends."""
+    """Make it after `record_nccl` and StopSignals (it hands SIGTERM on), stop it before the process group ends."""
 
     def __init__(self, dump_folder: str, rank: int):
         super().__init__(name="watchdog", daemon=True)
@@ -48,7 +47,7 @@ class Watchdog(threading.Thread):
         os.makedirs(self.folder, exist_ok=True)
         self.path = os.path.join(self.folder, f"rank-{rank}.txt")
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - written to in a crash
-        self.nccl_path = os.path.join(self.folder, f"{NCCL_FILE}{rank}")
+        self.nccl_path = f"{os.environ[NCCL_FILE]}{rank}"  # not always in this folder: it may have been set by the user
         self.nccl_before = _version(self.nccl_path)  # an earlier run's
         faulthandler.enable(self.file)
         faulthandler.register(signal.SIGTERM, self.file, chain=True)
