@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -101,6 +102,8 @@ def inject(kind: str, step: int = 0, rank: int = 0) -> None:
 
     commit = checkpoint.storage._commit
     train.count_valid_tokens = count
+    if kind == "NCCL's file, elsewhere":
+        os.environ["TORCH_FR_DUMP_TEMP_FILE"] = os.path.join(tempfile.mkdtemp(), "rank-")
     if kind in ("nan gradient", "nan forward", "infinite loss"):
         train.build_stages = build
     if kind == "disk full":
@@ -118,7 +121,7 @@ def hurt(kind: str) -> None:
         os.kill(os.getpid(), getattr(signal, kind))
     elif kind == "sleep":
         time.sleep(ASLEEP)
-    elif kind == "NCCL's file":
+    elif kind.startswith("NCCL's file"):
         Path(os.environ["TORCH_FR_DUMP_TEMP_FILE"] + os.environ["RANK"]).write_text("its last collectives")
         time.sleep(ASLEEP)
     elif kind == "out of memory":

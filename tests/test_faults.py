@@ -140,14 +140,15 @@ def test_a_rank_asleep_in_a_collective(job):
 
 
 @fault("NCCL reports a collective that hangs")
-def test_nccl_reports_a_timeout(job):
+@pytest.mark.parametrize("kind", ["NCCL's file", "NCCL's file, elsewhere"])
+def test_nccl_reports_a_timeout(kind, job):
     """When NCCL's flight recorder writes a rank's last collectives, all ranks end within seconds, with a line that says
     so, and leave their stacks. (Here the file is written by hand; by NCCL: `tests/test_cuda_faults.py`.)"""
     stacks = job.folder / "run" / "stacks"
     stacks.mkdir(parents=True)
     (stacks / "nccl-rank-0").write_text("of an earlier run")
     settings = options(comm__timeout_seconds=600)
-    assert exit_codes(start(2, job.argv(settings), str(job.output), dict(kind="NCCL's file", step=3, rank=1))) == [1, 1]
+    assert exit_codes(start(2, job.argv(settings), str(job.output), dict(kind=kind, step=3, rank=1))) == [1, 1]
     why = "rank 1 failed: one of NCCL's collectives was not done after comm.timeout_seconds"
     assert any(line.startswith(f"rank 1 ends: {why}") for line in job.lines), job.lines
     assert why in (stacks / "rank-1.txt").read_text() and "train.py" in (stacks / "rank-0.txt").read_text()
