@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import torch
 
-from checkpoint import model_args_of_folder, require_same_model
 from config import Config
 from data import build_dataset
+from errors import ConfigError
+from hf import model_args_of_folder, require_same_model
 from model import ModelArgs, Transformer, get_flavor
-from parallelize import Degrees, Mesh, apply_float8, parallelize, shard_sequences, split_into_stages
-from training.distributed import first_on_each_machine, require_equal_on_all_ranks
+from parallelize import ParallelDims, ParallelMesh, apply_float8, parallelize, parallelize_pipeline, shard_sequence
+from resilience.process_group import first_on_each_machine, require_equal_on_all_ranks
 from training.validation import Validation
 
 
@@ -18,9 +19,9 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def degrees_of(config: Config) -> Degrees:
+def degrees_of(config: Config) -> ParallelDims:
     p = config.parallelism
-    return Degrees(
+    return ParallelDims(
         pp=p.pipeline_parallel_degree,
         dp_replicate=p.data_parallel_replicate_degree,
         dp_shard=p.data_parallel_shard_degree,
@@ -30,10 +31,10 @@ def degrees_of(config: Config) -> Degrees:
     )
 
 
-def global_batch_size_of(config: Config, mesh: Mesh) -> int:
+def global_batch_size_of(config: Config, mesh: ParallelMesh) -> int:
     """Sequences of an optimizer step."""
     given = config.training.global_batch_size
-    return config.training.local_batch_size * mesh.batch_size if given == -1 else given
+    return config.training.local_batch_size * mesh.dp_degree if given == -1 else given
 
 
 def model_args_of(config: Config) -> ModelArgs:
@@ -48,7 +49,7 @@ def model_args_of(config: Config) -> ModelArgs:
 
 
 def build_stages(
-    config: Config, model_args: ModelArgs, mesh: Mesh, device_type: str, log=print
+    config: Config, model_args: ModelArgs, mesh: ParallelMesh, device_type: str, log=print
 ) -> list[torch.nn.Module]:
     """The whole model on meta, this rank's pipeline stages of it (the model itself where there is no pipeline), and
     every parallelism applied to each."""
@@ -67,7 +68,7 @@ def build_stages(
             device_type=device_type,
         )
         log(report)
-    stages = split_into_stages(
+    stages = parallelize_pipeline(
         model,
         mesh.pp,
         schedule=p.pipeline_parallel_schedule,
@@ -95,18 +96,20 @@ def build_stages(
 def check_data_fits_model(model_args, tokenizer, seq_len: int) -> None:
     """ValueError when the tokenizer's ids or the positions go beyond what the model is made for."""
     if tokenizer.vocab_size > model_args.vocab_size:
-        raise ValueError(
+        raise ConfigError(
             f"data.tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but model.vocab_size is "
             f"{model_args.vocab_size}; set --model.vocab_size {tokenizer.vocab_size} or take another tokenizer."
         )
     if seq_len > model_args.max_seq_len:
-        raise ValueError(
+        raise ConfigError(
             f"training.seq_len ({seq_len}) is longer than model.max_seq_len ({model_args.max_seq_len}); shorten it, or "
             "raise model.max_seq_len if longer positions are meant."
         )
 
 
-def build_validation(config: Config, dataset, tokenizer, stages, forward, mesh: Mesh, device) -> Validation | None:
+def build_validation(
+    config: Config, dataset, tokenizer, stages, forward, mesh: ParallelMesh, device
+) -> Validation | None:
     """What measures the loss of held-out sequences, or None."""
     options, training = config.validation, config.training
     if not options.enable:
@@ -126,7 +129,7 @@ def build_validation(config: Config, dataset, tokenizer, stages, forward, mesh: 
             )
         require_equal_on_all_ranks(validation=own.fingerprint)
         if options.samples > len(own):
-            raise ValueError(f"validation.samples ({options.samples}) is more than there are: use at most {len(own)}.")
+            raise ConfigError(f"validation.samples ({options.samples}) is more than there are: use at most {len(own)}.")
         sample = own.__getitem__
     return Validation(
         sample,
@@ -134,10 +137,10 @@ def build_validation(config: Config, dataset, tokenizer, stages, forward, mesh: 
         interval=options.interval,
         last_step=training.steps,
         batch_size=training.local_batch_size,
-        data_rank=mesh.batch_rank,
-        data_ranks=mesh.batch_size,
+        data_rank=mesh.dp_rank,
+        data_ranks=mesh.dp_degree,
         forward=forward,
-        place=lambda batch: {k: v.to(device) for k, v in shard_sequences(batch, mesh.cp).items()},
+        place=lambda batch: {k: v.to(device) for k, v in shard_sequence(batch, mesh.cp).items()},
         stages=stages,
         loss_mesh=mesh.loss,
         pp_mesh=mesh.pp,

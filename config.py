@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Literal
 
+from errors import ConfigError
 from model.args import ModelArgs
 from options import option, read_options
 
@@ -200,11 +201,11 @@ def load_config(argv: list[str]) -> Config:
 def _check(config: Config) -> None:
     """What no single option can tell."""
     if config.training.global_batch_size < 1 and config.training.global_batch_size != -1:
-        raise ValueError(
+        raise ConfigError(
             f"training.global_batch_size: expected -1 or more than 0, given {config.training.global_batch_size}."
         )
     if not all(0 <= beta < 1 for beta in config.optimizer.betas):
-        raise ValueError(
+        raise ConfigError(
             f"optimizer.betas: expected two numbers from 0 to below 1, given {list(config.optimizer.betas)}."
         )
     p, recompute = config.parallelism, config.activation_checkpoint
@@ -252,14 +253,14 @@ def _check(config: Config) -> None:
         section, key = option_name.split(".")
         table = getattr(config, section)
         if not takes_effect and getattr(table, key) != getattr(type(table)(), key):
-            raise ValueError(f"{option_name} has no effect without {needed}; add --{needed}.")
+            raise ConfigError(f"{option_name} has no effect without {needed}; add --{needed}.")
     if config.checkpoint.keep_every % config.checkpoint.interval:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint.keep_every ({config.checkpoint.keep_every}) must be a multiple of checkpoint.interval "
             f"({config.checkpoint.interval}): other steps are not saved."
         )
     if recompute.mode == "memory_budget" and not config.compile.enable:
-        raise ValueError('activation_checkpoint.mode "memory_budget" is the compiler\'s; add --compile.enable true.')
+        raise ConfigError('activation_checkpoint.mode "memory_budget" is the compiler\'s; add --compile.enable true.')
     if p.pipeline_parallel_schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
         # They run a block's backward twice, once for its input and once for its weights.
         for name, is_on in (
@@ -267,7 +268,7 @@ def _check(config: Config) -> None:
             ("compile.enable", config.compile.enable),
         ):
             if is_on:
-                raise ValueError(
+                raise ConfigError(
                     f"{name} does not fit {p.pipeline_parallel_schedule}, which splits each block's backward in two: "
                     "each part would recompute it; use Interleaved1F1B, or leave it out."
                 )

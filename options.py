@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from errors import ConfigError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -29,12 +31,14 @@ def read_options(config: Any, argv: list[str]) -> None:
     if config_file is not None:
         for section, table in _read_toml(config_file).items():
             if not is_dataclass(getattr(config, section, None)):
-                raise ValueError(f"{config_file}: [{section}] is not a section; {_nearest(section, _sections(config))}")
+                raise ConfigError(
+                    f"{config_file}: [{section}] is not a section; {_nearest(section, _sections(config))}"
+                )
             if not isinstance(table, dict):
-                raise ValueError(f"{config_file}: {section} is a section, so write [{section}] and its keys below.")
+                raise ConfigError(f"{config_file}: {section} is a section, so write [{section}] and its keys below.")
             for key, value in table.items():
                 if (section, key) == ("job", "config_file"):
-                    raise ValueError(f"{config_file}: job.config_file belongs on the command line.")
+                    raise ConfigError(f"{config_file}: job.config_file belongs on the command line.")
                 _set(config, f"{section}.{key}", value, where=f"{config_file}: ")
     for name, text in given.items():
         _set(config, name, text, where="--", is_text=True)
@@ -48,11 +52,11 @@ def _parse_command_line(config: Any, argv: list[str]) -> dict[str, str]:
             print(help_text(config))
             sys.exit(0)
         if not argument.startswith("--"):
-            raise ValueError(f'"{argument}" is not an option; options are written --section.key value.')
+            raise ConfigError(f'"{argument}" is not an option; options are written --section.key value.')
         name, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"--{name} needs a value: --{name} VALUE.")
+                raise ConfigError(f"--{name} needs a value: --{name} VALUE.")
             text = rest.pop(0)
         given[name] = text
     return given
@@ -63,9 +67,9 @@ def _read_toml(path: str) -> dict[str, Any]:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ValueError(f"job.config_file: cannot read {path}: {error.strerror}.") from None
+        raise ConfigError(f"job.config_file: cannot read {path}: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML: {error}.") from None
+        raise ConfigError(f"{path}: not valid TOML: {error}.") from None
 
 
 def _sections(config: Any) -> list[str]:
@@ -85,16 +89,16 @@ def _set(config: Any, name: str, value: Any, where: str, is_text: bool = False) 
         names = [f"{section}.{key}" for key in known] if table else [n for n, *_ in _options(config)]
         near = get_close_matches(name, names, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]}?" if near else "--help lists all of them."
-        raise ValueError(f"{where}{name} is not an option; {hint}")
+        raise ConfigError(f"{where}{name} is not an option; {hint}")
     kind = get_type_hints(type(table))[key]
     if is_text:
         value = _from_text(value, kind)
     value = _checked(value, kind, f"{where}{name}")
     at_least, at_most = (known[key].metadata.get(bound) for bound in ("at_least", "at_most"))
     if at_least is not None and value < at_least:
-        raise ValueError(f"{where}{name}: expected at least {at_least}, given {value}.")
+        raise ConfigError(f"{where}{name}: expected at least {at_least}, given {value}.")
     if at_most is not None and value > at_most:
-        raise ValueError(f"{where}{name}: expected at most {at_most}, given {value}.")
+        raise ConfigError(f"{where}{name}: expected at most {at_most}, given {value}.")
     setattr(table, key, value)
 
 
@@ -129,7 +133,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     given = (
         to_toml(value) if isinstance(value, str | bool | int | float | list) else f"{value} ({type(value).__name__})"
     )
-    raise ValueError(f"{where}: expected {type_name(kind)}, given {given}.")
+    raise ConfigError(f"{where}: expected {type_name(kind)}, given {given}.")
 
 
 # ------------------------------------------------------------------------------------------------- writing

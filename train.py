@@ -11,6 +11,8 @@ import os
 import sys
 import time
 
+from errors import ConfigError
+
 STARTED = time.perf_counter()  # before torch, whose import is most of a cold start
 
 import torch
@@ -26,37 +28,38 @@ from assembly import (
     model_args_of,
     words,
 )
-from checkpoint import CheckpointManager, FolderLock, TrainedState
+from checkpoint import CheckpointManager, ModelState
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
-from model import flops_per_token, further_tokens, num_params
+from model import flops_per_token, mtp_targets, num_params
 from options import save_config
 from parallelize import (
-    Mesh,
-    SharedEmbedding,
-    allocate,
+    ParallelMesh,
+    TiedEmbedding,
     build_mesh,
     build_pipeline,
     init_weights,
-    set_last_microbatch,
-    shard_sequences,
-    update_float8_scales,
+    materialize,
+    set_is_last_backward,
+    shard_sequence,
+    sync_float8_scales,
 )
-from training.balance import ExpertBalance
-from training.distributed import (
+from resilience.health import LossSpikes, NonFiniteGuard
+from resilience.lock import FolderLock
+from resilience.process_group import (
     clean_exit,
     first_on_each_machine,
     init_distributed,
     require_equal_on_all_ranks,
     set_determinism,
 )
-from training.health import LossSpikes, NonFiniteGuard
+from resilience.signals import EXIT_PREEMPTED, Preemption
+from resilience.watchdog import Watchdog, record_nccl
+from training.balance import ExpertLoadBalancer
 from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
 from training.optimizer import build_optimizer, clip_grad_norm
-from training.signals import EXIT_PREEMPTED, StopSignals
-from training.watchdog import Watchdog, record_nccl
 
 
 def main(config: Config) -> int:
@@ -65,15 +68,15 @@ def main(config: Config) -> int:
     record_nccl(config.job.dump_folder)
     device = init_distributed(config.job.device, config.comm.timeout_seconds)
     if training.enable_cpu_offload and device.type == "cpu":
-        raise ValueError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
+        raise ConfigError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
     if config.parallelism.enable_async_tensor_parallel and device.type == "cpu":
-        raise ValueError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
+        raise ConfigError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
     if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
-        raise ValueError('checkpoint.async_mode "async_with_pinned_mem" needs a GPU to copy from; use "async".')
+        raise ConfigError('checkpoint.async_mode "async_with_pinned_mem" needs a GPU to copy from; use "async".')
     set_determinism(training.seed, training.deterministic)
     log = print if dist.get_rank() == 0 else lambda *_, **__: None
     lock = FolderLock(config.job.dump_folder)
-    signals = StopSignals()
+    signals = Preemption()
     watchdog = Watchdog(config.job.dump_folder, dist.get_rank())
 
     # The ranks as a five-dimensional grid.
@@ -94,10 +97,10 @@ def main(config: Config) -> int:
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
-    order_of_data = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
+    data_fingerprint = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
     if holds_out(config):
-        order_of_data += f" held out {config.validation.samples}"
-    require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=order_of_data)
+        data_fingerprint += f" held out {config.validation.samples}"
+    require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=data_fingerprint)
     global_batch_size = global_batch_size_of(config, mesh)
 
     # What is trained. 1) shapes, on meta: this rank's part of the model
@@ -106,12 +109,12 @@ def main(config: Config) -> int:
     stages = build_stages(config, model_args, mesh, device.type, log)
     # 2) memory  3) values, the same in any layout
     for stage in stages:
-        allocate(stage, device, cpu_offload=training.enable_cpu_offload)
+        materialize(stage, device, cpu_offload=training.enable_cpu_offload)
         init_weights(stage, model_args, training.seed)
-    shared = SharedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
+    shared = TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
     named = [item for stage in stages for item in stage.named_parameters()]
     parameters = {name: parameter for name, parameter in named if not shared.is_copy(parameter)}
-    balance = ExpertBalance(stages, mesh.tokens, mesh.pp)
+    balance = ExpertLoadBalancer(stages, mesh.tokens, mesh.pp)
 
     optimizer = build_optimizer(
         parameters,
@@ -127,7 +130,7 @@ def main(config: Config) -> int:
     step = tokens_seen = samples_consumed = status = 0
     checkpoint = CheckpointManager(
         os.path.join(config.job.dump_folder, config.checkpoint.folder),
-        trained=TrainedState(parameters, balance.biases, optimizer, model_args),
+        trained=ModelState(parameters, balance.biases, optimizer, model_args),
         enable=config.checkpoint.enable,
         interval=config.checkpoint.interval,
         async_mode=config.checkpoint.async_mode,
@@ -143,19 +146,19 @@ def main(config: Config) -> int:
         config.checkpoint.initial_load_in_hf,
         exclude=words(config.checkpoint.exclude_from_loading),
     )
-    weights_have_changed(stages, shared)
+    sync_derived_weights(stages, shared)
     if resumed is not None:
         step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
         log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
-        if resumed["order_of_data"] != order_of_data:
+        if resumed["data_fingerprint"] != data_fingerprint:
             log("warning: data, tokenizer, seed or seq_len is not that checkpoint's; samples go on in the new order")
 
     loader = build_loader(
         dataset,
         global_batch_size=global_batch_size,
         local_batch_size=training.local_batch_size,
-        data_rank=mesh.batch_rank,
-        data_ranks=mesh.batch_size,
+        data_rank=mesh.dp_rank,
+        data_ranks=mesh.dp_degree,
         samples_consumed=samples_consumed,
         num_workers=config.data.num_workers,
     )
@@ -187,15 +190,15 @@ def main(config: Config) -> int:
     while step < training.steps:
         signals.ask()
         # ---------------------------------------------------------------------------------------- the step
-        microbatches = [with_further_tokens(batch, model_args.n_mtp_layers) for batch in next(batches)]
-        microbatches = [shard_sequences(batch, mesh.cp) for batch in microbatches]
+        microbatches = [add_mtp_targets(batch, model_args.n_mtp_layers) for batch in next(batches)]
+        microbatches = [shard_sequence(batch, mesh.cp) for batch in microbatches]
         microbatches = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in microbatches]
         num_tokens = count_valid_tokens(microbatches, mesh.loss)
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(microbatches):
-            set_last_microbatch(stages, is_last=i == len(microbatches) - 1, keeps_weights=keeps_weights)
+            set_is_last_backward(stages, is_last=i == len(microbatches) - 1, keeps_weights=keeps_weights)
             loss = loss + forward_backward(batch, num_tokens)
-        shared.add_gradient()
+        shared.reduce_gradient()
         grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)
         lr = learning_rate(step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
         for group in optimizer.param_groups:
@@ -204,7 +207,7 @@ def main(config: Config) -> int:
         if guard.allows(step + 1, grad_norm, loss):
             optimizer.step()
             balance.update()
-            weights_have_changed(stages, shared)
+            sync_derived_weights(stages, shared)
         else:
             balance.forget()
         optimizer.zero_grad()
@@ -230,7 +233,9 @@ def main(config: Config) -> int:
             spike = spikes.warning(step, mean_loss)
             if spike:
                 log(spike)
-        numbers = dict(tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, order_of_data=order_of_data)
+        numbers = dict(
+            tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, data_fingerprint=data_fingerprint
+        )
         checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
         stop = signals.answer()
         if stop and step < training.steps:
@@ -250,7 +255,7 @@ def main(config: Config) -> int:
     return status
 
 
-def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: Mesh, device: torch.device):
+def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: ParallelMesh, device: torch.device):
     """A function of (batch, num_tokens): this rank's part of the batch's loss, divided by num_tokens, the valid tokens
     of the whole step; see training/loss.py. Gradients are summed: over batches, and over ranks. And a
     function of a batch alone, for where no gradient is wanted: this rank's part of its summed loss."""
@@ -280,16 +285,16 @@ def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: 
     return forward_backward, forward
 
 
-def with_further_tokens(batch: dict, depth: int) -> dict:
+def add_mtp_targets(batch: dict, depth: int) -> dict:
     """The batch and, for multi-token prediction, the tokens behind each of its tokens: while sequences are whole."""
-    return batch | further_tokens(batch["tokens"], batch["labels"], depth) if depth else batch
+    return batch | mtp_targets(batch["tokens"], batch["labels"], depth) if depth else batch
 
 
-def weights_have_changed(stages, shared) -> None:
+def sync_derived_weights(stages, shared) -> None:
     """What is derived from the weights follows them: the copy of a shared one, and float8's scales."""
-    shared.copy_weight()
+    shared.broadcast_weight()
     for stage in stages:
-        update_float8_scales(stage)
+        sync_float8_scales(stage)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint.hf import load_hf
 from checkpoint.manifest import find_damage
 from checkpoint.safe_metadata import SafeReader
 from checkpoint.staging import Staging
-from checkpoint.state import TrainedState, read_state
+from checkpoint.state import ModelState, read_state
 from checkpoint.storage import PARTIAL, SaveFailed, free_name, write_checkpoint
+from errors import ConfigError
+from hf.load import load_hf
 
 # Of the model's arguments, those that decide how it learns and not what it computes: they may change on the way.
 TRAINING_ONLY = ("init_std", "expert_bias_speed", "balance_loss_weight", "mtp_loss_weight")
@@ -40,7 +41,7 @@ class CheckpointManager:
         self,
         folder: str,
         *,
-        trained: TrainedState,
+        trained: ModelState,
         enable: bool,
         interval: int,
         async_mode: str,
@@ -160,7 +161,7 @@ class CheckpointManager:
         path = self._path(step)
         reader, state = SafeReader(path), read_state(path)
         if state["weights_only"]:
-            raise ValueError(
+            raise ConfigError(
                 f"{path} holds the weights alone (checkpoint.last_save_model_only): a run cannot go on from it; give "
                 "an earlier --checkpoint.load_step, or begin another with --checkpoint.initial_load_path."
             )
@@ -177,12 +178,12 @@ class CheckpointManager:
         steps = self._everywhere(self._listed_steps)
         if load_step >= 0:
             if load_step not in steps:
-                raise ValueError(
+                raise ConfigError(
                     f"checkpoint.load_step {load_step}: there is no {self._path(load_step)}; complete ones: {steps}."
                 )
             damage = self._damage(self._path(load_step))
             if damage:
-                raise ValueError(f"checkpoint.load_step {load_step}: {self._path(load_step)}: {damage}.")
+                raise ConfigError(f"checkpoint.load_step {load_step}: {self._path(load_step)}: {damage}.")
             return load_step
         for step in reversed(steps):
             damage = self._damage(self._path(step))
@@ -191,7 +192,7 @@ class CheckpointManager:
             self._set_aside([step], CORRUPT, f"is not used, {damage}")
         set_aside = self._everywhere(lambda: [n for n in self._names() if n.startswith(CORRUPT)])
         if set_aside:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.folder} has no intact checkpoint, but damaged ones: {', '.join(sorted(set_aside))}; to begin "
                 "from step 0, move them away or give another job.dump_folder."
             )
@@ -229,7 +230,7 @@ class CheckpointManager:
         names = {name for of_rank in everywhere for name in of_rank}
         for start in exclude:
             if not any(_begins(name, start) for name in names):
-                raise ValueError(
+                raise ConfigError(
                     f'checkpoint.exclude_from_loading: the model has no parameter that is, or begins with, "{start}"; '
                     "they are called layers.0.attention.wq.weight and so on."
                 )
@@ -239,7 +240,7 @@ class CheckpointManager:
             return
         damage = self._damage(path)
         if damage:
-            raise ValueError(f"{path} is not a complete checkpoint: {damage}.")
+            raise ConfigError(f"{path} is not a complete checkpoint: {damage}.")
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         free = (*NOT_WEIGHTS, *NOT_SHARED) if exclude else NOT_WEIGHTS
         self.trained.read(SafeReader(path), tensors, free=free, may_cast=True, group=self.group)
@@ -267,7 +268,7 @@ class CheckpointManager:
                 result[1] = f"{error.filename}: {error.strerror}."
         dist.broadcast_object_list(result, group=self.group)
         if result[1]:
-            raise ValueError(result[1])
+            raise ConfigError(result[1])
         return result[0]
 
 

@@ -9,6 +9,8 @@ import json
 import os
 from typing import Any
 
+from errors import ConfigError
+
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
 BLOCK = 2**20  # bytes that are hashed at a time
 
@@ -45,7 +47,7 @@ def find_damage(folder: str, part: int = 0, parts: int = 1) -> str | None:
     except FileNotFoundError as error:
         return f"it has no {os.path.basename(error.filename)}"
     except OSError as error:  # a disk or a permission, which may come back: not the checkpoint's fault
-        raise ValueError(f"cannot read {error.filename or folder}: {error.strerror}.") from None
+        raise ConfigError(f"cannot read {error.filename or folder}: {error.strerror}.") from None
 
 
 def _find_damage(folder: str, part: int, parts: int) -> str | None:

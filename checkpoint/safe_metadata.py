@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from checkpoint.manifest import METADATA, is_plain_name
+from errors import ConfigError
 
 # Module and name of each class, as torch 2.11 to 2.13 write them. _get_layout looks a name up in a fixed table.
 ALLOWED = {
@@ -56,20 +57,20 @@ class SafeReader(dcp.FileSystemReader):
                     self.metadata = _Unpickler(file).load()
                 self._require_only_tensors()
             except OSError as error:
-                raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+                raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
             except Exception as error:  # a damaged pickle fails in any way
-                raise ValueError(f"{path} is not what torch writes for tensors: {error}; it was not loaded.") from None
+                raise ConfigError(f"{path} is not what torch writes for tensors: {error}; it was not loaded.") from None
         return self.metadata
 
     def _require_only_tensors(self) -> None:
         metadata = self.metadata
         if type(metadata) is not Metadata:
-            raise ValueError("it is no Metadata")
+            raise ConfigError("it is no Metadata")
         for name, entry in metadata.state_dict_metadata.items():
             if type(entry) is not TensorStorageMetadata:
-                raise ValueError(f"{name} is no tensor")
+                raise ConfigError(f"{name} is no tensor")
         for info in metadata.storage_data.values():
             if not is_plain_name(info.relative_path):
-                raise ValueError(f"it names the file {info.relative_path}")
+                raise ConfigError(f"it names the file {info.relative_path}")
             if info.transform_descriptors:
-                raise ValueError(f"{info.relative_path} is encoded by {info.transform_descriptors}")
+                raise ConfigError(f"{info.relative_path} is encoded by {info.transform_descriptors}")

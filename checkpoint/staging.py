@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from parallelize.compat import dtensor_with
+from torch_private import dtensor_with
 
 
 class Staging:

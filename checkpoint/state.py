@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from checkpoint.manifest import STATE
 from checkpoint.safe_metadata import SafeReader
+from errors import ConfigError
 from model.args import ModelArgs
 from parallelize.float8 import as_plain
 
 
 @dataclass
-class TrainedState:
+class ModelState:
     """This rank's parameters, by name (a pipeline stage has only some, a tied one counts once), what else was learned
     (buffers), and the optimizer's state."""
 
@@ -69,15 +70,15 @@ class TrainedState:
             if ours.get(name) != value and not name.startswith(free)
         ]
         if differ:
-            raise ValueError(f"{path} is a checkpoint of another model: {'; '.join(differ)}.")
+            raise ConfigError(f"{path} is a checkpoint of another model: {'; '.join(differ)}.")
         for name, tensor in tensors.items():
             if name not in stored:
-                raise ValueError(f"{path} is a checkpoint of another model: it has no {name}.")
+                raise ConfigError(f"{path} is a checkpoint of another model: it has no {name}.")
             if stored[name].size != tensor.shape:
-                raise ValueError(f"{path}: {name} is {list(stored[name].size)} there, {list(tensor.shape)} here.")
+                raise ConfigError(f"{path}: {name} is {list(stored[name].size)} there, {list(tensor.shape)} here.")
             # DCP would cast in silence.
             if stored[name].properties.dtype != tensor.dtype and not may_cast:
-                raise ValueError(
+                raise ConfigError(
                     f"{path}: {name} is stored as {stored[name].properties.dtype}, this run has {tensor.dtype}; "
                     "set training.dtype to what it was trained in."
                 )
@@ -116,9 +117,9 @@ def read_state(path: str) -> dict:
         with open(os.path.join(path, STATE), encoding="utf-8") as file:
             state = json.load(file)
     except OSError as error:
-        raise ValueError(f"{path} is not a complete checkpoint: {STATE}: {error.strerror}.") from None
+        raise ConfigError(f"{path} is not a complete checkpoint: {STATE}: {error.strerror}.") from None
     except ValueError as error:
-        raise ValueError(f"{path}: its {STATE} is not valid JSON: {error}.") from None
+        raise ConfigError(f"{path}: its {STATE} is not valid JSON: {error}.") from None
     if not isinstance(state, dict) or not isinstance(state.get("model_args"), dict):
-        raise ValueError(f"{path}: its {STATE} does not describe a model.")
+        raise ConfigError(f"{path}: its {STATE} does not describe a model.")
     return state

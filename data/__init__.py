@@ -8,6 +8,7 @@ from data.prepare import prepare, source_key
 from data.shards import Corpus
 from data.sources import build_source
 from data.tokenizer import Tokenizer, build_tokenizer
+from errors import ConfigError
 
 __all__ = ["TokenDataset", "Tokenizer", "build_dataset", "build_loader", "build_tokenizer"]
 
@@ -36,11 +37,11 @@ def build_dataset(
     if dataset == "shards":
         folders = [folder.strip() for folder in path.split(",") if folder.strip()]
         if not folders:
-            raise ValueError('dataset "shards" needs data.path: a folder that scripts/prepare_data.py has made.')
+            raise ConfigError('dataset "shards" needs data.path: a folder that scripts/prepare_data.py has made.')
         corpora = [Corpus(Path(folder).expanduser()) for folder in folders]
         for corpus in corpora:
             if corpus.index.tokenizer_fingerprint != tokenizer.fingerprint:
-                raise ValueError(
+                raise ConfigError(
                     f"{corpus.folder} was made with the tokenizer {corpus.index.tokenizer}, data.tokenizer is "
                     f"{tokenizer.name}, another one; set --data.tokenizer {corpus.index.tokenizer}."
                 )
@@ -63,7 +64,7 @@ def _weights(text: str, corpora: list[Corpus]) -> list[float] | None:
     except ValueError:
         weights = []
     if weights is not None and (len(weights) != len(corpora) or not all(0 < w < float("inf") for w in weights)):
-        raise ValueError(
+        raise ConfigError(
             f'data.weights ("{text}") must be a positive number for each of the {len(corpora)} folders of data.path, '
             "separated by commas."
         )

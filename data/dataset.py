@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from data.mixture import Mixture
 from data.shards import Corpus
+from errors import ConfigError
 
 IGNORED = -100  # the label of a position that has nothing to predict
 ROUNDS = 12  # 6 mix a large n well; with 12, all orders of 6 windows come equally often too
@@ -49,7 +50,7 @@ class TokenDataset(Dataset):
         self.windows = [(corpus.num_tokens - 1) // seq_len for corpus in corpora]
         for corpus, windows in zip(corpora, self.windows, strict=True):
             if windows < 1:
-                raise ValueError(
+                raise ConfigError(
                     f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
                     f"{corpus.num_tokens}; use at most {corpus.num_tokens - 1}, or more data."
                 )
@@ -59,7 +60,7 @@ class TokenDataset(Dataset):
         self.held_out = [self.held_out_mixture.count(c, held_out) for c in range(len(corpora))]
         for windows, apart in zip(self.windows, self.held_out, strict=True):
             if apart > windows // 2:
-                raise ValueError(
+                raise ConfigError(
                     f"validation.samples ({apart}) would hold out more than half of the data, which has {windows} "
                     f"sequences of {seq_len} tokens; use at most {windows // 2}, or more data."
                 )

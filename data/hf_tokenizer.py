@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data.tokenizer import Tokenizer, without_surrogates
+from errors import ConfigError
 
 
 class HFTokenizer(Tokenizer):
@@ -20,7 +21,7 @@ class HFTokenizer(Tokenizer):
         try:
             import tokenizers
         except ImportError:
-            raise ValueError(
+            raise ConfigError(
                 f"tokenizer {file} is read with Hugging Face's tokenizers: pip install tokenizers."
             ) from None
         beside = file.with_name("tokenizer_config.json")
@@ -28,17 +29,17 @@ class HFTokenizer(Tokenizer):
             self._content = file.read_bytes()
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         except OSError as error:
-            raise ValueError(f"tokenizer {file} cannot be read: {error.strerror}.") from None
+            raise ConfigError(f"tokenizer {file} cannot be read: {error.strerror}.") from None
         except Exception:  # their own kind, which is Exception itself
-            raise ValueError(f"tokenizer {file}: not such a file, or not a whole one.") from None
+            raise ConfigError(f"tokenizer {file}: not such a file, or not a whole one.") from None
         try:
             config = json.loads(beside.read_text(encoding="utf-8"))
         except OSError as error:
-            raise ValueError(
+            raise ConfigError(
                 f"{beside}, which says what begins and ends a document, cannot be read: {error.strerror}."
             ) from None
         except ValueError:
-            raise ValueError(f"{beside} is not JSON.") from None
+            raise ConfigError(f"{beside} is not JSON.") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # as text
@@ -46,7 +47,7 @@ class HFTokenizer(Tokenizer):
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = self._id(config, "bos_token"), self._id(config, "eos_token")
         if self.eos_id is None:
-            raise ValueError(f"{beside} names no eos_token, which ends each document; add it.")
+            raise ConfigError(f"{beside} names no eos_token, which ends each document; add it.")
 
     def _id(self, config: dict, key: str) -> int | None:
         token = config.get(key)

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset, default_collate
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from data.dataset import TokenDataset
+from errors import ConfigError
 
 Microbatch = dict[str, Tensor]
 
@@ -60,7 +61,7 @@ class Loader:
         microbatches = next(self._batches)
         self._seconds_waited += time.perf_counter() - start
         if isinstance(microbatches, ValueError):
-            raise ValueError(str(microbatches))
+            raise ConfigError(str(microbatches))
         # Counted here, where a step is handed out: workers are already fetching the steps after it.
         self.samples_consumed += self._global_batch_size
         return microbatches
@@ -112,7 +113,7 @@ def build_loader(
     if global_batch_size < 1 or global_batch_size % at_once:
         below = global_batch_size // at_once * at_once
         fitting = f"{below} or {below + at_once}" if below > 0 else f"{at_once}"
-        raise ValueError(
+        raise ConfigError(
             f"training.global_batch_size ({global_batch_size}) must be a multiple of local_batch_size x "
             f"data ranks ({local_batch_size} x {data_ranks} = {at_once}); use {fitting}, or another "
             "local_batch_size."

@@ -19,6 +19,7 @@ import numpy as np
 
 from data.shards import FORMAT, Index, Shard, ShardWriter, read_index, shard_path, write_json
 from data.tokenizer import Tokenizer, build_tokenizer
+from errors import ConfigError
 
 UNIT_BYTES = 2**28  # of a source, about what becomes a shard
 BATCH_CHARS = 4_000_000  # text that is encoded at once, and so what the memory in use is measured in
@@ -59,12 +60,12 @@ def prepare(
             report(len(shards), len(units), shard)
         shards = [shards[n] for n in range(len(units))]
         if not any(shard.num_documents for shard in shards):
-            raise ValueError(f"there is no text in {source}: nothing, or only empty documents.")
+            raise ConfigError(f"there is no text in {source}: nothing, or only empty documents.")
         Index(key, tokenizer.name, tokenizer.fingerprint, bytes_per_id, tokenizer.eos_id, shards).write(folder)
         for n in range(len(units)):
             _note(folder, n).unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder} cannot be used: {error.strerror}.") from None
+        raise ConfigError(f"{folder} cannot be used: {error.strerror}.") from None
     return folder
 
 
@@ -157,6 +158,6 @@ def _is_there(folder: Path, number: int, shard: Shard, bytes_per_id: int) -> boo
 
 def _require_same(folder: Path, found: str, key: str) -> None:
     if found != key:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds a corpus of other files, or of another tokenizer; give another folder, or delete it."
         )

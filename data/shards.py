@@ -29,6 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import ConfigError
+
 FORMAT = 2  # raise it when the same documents would give other files
 BLOCK_BYTES = 16384  # what is read and checked for a sample of up to 8,192 tokens is little more than the sample
 OPEN_FILES = 64  # of a process, the latest used
@@ -66,12 +68,12 @@ def read_index(folder: Path) -> Index | None:
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
-            raise ValueError(f"{path} has format {values['format']}, not {FORMAT}; prepare the corpus again.")
+            raise ConfigError(f"{path} has format {values['format']}, not {FORMAT}; prepare the corpus again.")
         return Index(**values | {"shards": [Shard(**shard) for shard in values["shards"]]})
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a corpus' index; prepare the corpus again.") from None
+        raise ConfigError(f"{path} is not a corpus' index; prepare the corpus again.") from None
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -135,7 +137,7 @@ class Corpus:
         self.folder = Path(folder)
         index = read_index(self.folder)
         if index is None:
-            raise ValueError(
+            raise ConfigError(
                 f"{self.folder} is no corpus: it has no index.json; make one with scripts/prepare_data.py, or let it "
                 "finish there."
             )
@@ -176,13 +178,13 @@ class Corpus:
             stream = os.pread(file, min(blocks.stop * BLOCK_BYTES, size) - offset, offset)
             checksums = os.pread(file, 4 * len(blocks), size + 4 * blocks.start)
         except OSError as error:
-            raise ValueError(f"{shard_path(self.folder, number)} cannot be read: {error.strerror}.") from None
+            raise ConfigError(f"{shard_path(self.folder, number)} cannot be read: {error.strerror}.") from None
         found = b"".join(
             zlib.crc32(memoryview(stream)[at : at + BLOCK_BYTES]).to_bytes(4, "little")
             for at in range(0, len(blocks) * BLOCK_BYTES, BLOCK_BYTES)
         )
         if found != checksums:
-            raise ValueError(
+            raise ConfigError(
                 f"{shard_path(self.folder, number)} has changed since it was written (around byte {begin:,}); delete "
                 f"it, and {MAKE_AGAIN}"
             )
@@ -194,9 +196,9 @@ class Corpus:
         try:
             size = os.stat(path).st_size
         except OSError as error:
-            raise ValueError(f"{path} cannot be read: {error.strerror}; {MAKE_AGAIN}") from None
+            raise ConfigError(f"{path} cannot be read: {error.strerror}; {MAKE_AGAIN}") from None
         if size != expected:
-            raise ValueError(f"{path} has {size:,} bytes, its index says {expected:,}; {MAKE_AGAIN}")
+            raise ConfigError(f"{path} has {size:,} bytes, its index says {expected:,}; {MAKE_AGAIN}")
 
 
 def _open_shard(folder: Path, number: int):

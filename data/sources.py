@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from errors import ConfigError
+
 # Test folders: some distributions leave them out of the library, and there the text should be the same.
 # _sysconfigdata* and config-* are written when Python is built, and name that machine's folders.
 STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -45,7 +47,7 @@ class Unit:
                 yield from filter(None, read(part, self.text_key))
             except (UnicodeDecodeError, OSError) as error:
                 if not self.skip_unreadable:
-                    raise ValueError(_unreadable(part.file, error)) from None
+                    raise ConfigError(_unreadable(part.file, error)) from None
 
 
 class Source:
@@ -69,7 +71,7 @@ class Source:
         try:
             stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
         except OSError as error:
-            raise ValueError(f"data.path: {error.filename} cannot be read: {error.strerror}.") from None
+            raise ConfigError(f"data.path: {error.filename} cannot be read: {error.strerror}.") from None
         return repr((str(self.root), sys.version, self.text_key, self.skip_unreadable, stats))
 
     def units(self, unit_bytes: int) -> list[Unit]:
@@ -89,7 +91,7 @@ class Source:
             yield from _parts(file, file.stat().st_size, unit_bytes)
         except OSError as error:
             if not self.skip_unreadable:
-                raise ValueError(_unreadable(file, error)) from None
+                raise ConfigError(_unreadable(file, error)) from None
 
     def __iter__(self) -> Iterator[str]:
         for unit in self.units(2**62):
@@ -128,11 +130,11 @@ def _jsonl(part: Part, text_key: str) -> Iterator[str]:
                 record = json.loads(line.decode())
             except json.JSONDecodeError as error:
                 number = _line_number(part.file, start)
-                raise ValueError(f"data.path: {part.file}:{number} is not JSON: {error.msg}.") from None
+                raise ConfigError(f"data.path: {part.file}:{number} is not JSON: {error.msg}.") from None
             text = record.get(text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 keys = "keys " + ", ".join(record) if isinstance(record, dict) else "no keys: it is no object"
-                raise ValueError(
+                raise ConfigError(
                     f'data.path: {part.file}:{_line_number(part.file, start)} has no string under "{text_key}" '
                     f"(data.text_key); it has {keys}."
                 )
@@ -148,7 +150,7 @@ def _parquet(part: Part, text_key: str) -> Iterator[str]:
     file = _parquet_file(part.file)
     column = file.schema_arrow.field(text_key) if text_key in file.schema_arrow.names else None
     if column is None or str(column.type) not in ("string", "large_string"):
-        raise ValueError(
+        raise ConfigError(
             f'data.path: {part.file} has no column of strings "{text_key}" (data.text_key); it has '
             f"{', '.join(file.schema_arrow.names)}."
         )
@@ -161,11 +163,11 @@ def _parquet_file(path: Path):
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise ValueError(f"data.path: {path} is Parquet, which needs pyarrow: pip install pyarrow.") from None
+        raise ConfigError(f"data.path: {path} is Parquet, which needs pyarrow: pip install pyarrow.") from None
     try:
         return pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid:
-        raise ValueError(f"data.path: {path} is no Parquet file, or not a whole one.") from None
+        raise ConfigError(f"data.path: {path} is no Parquet file, or not a whole one.") from None
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,7 @@ class StreamUnit:
         for record in stream.shard(num_shards=stream.num_shards, index=self.number):
             text = record.get(self.text_key)
             if not isinstance(text, str):
-                raise ValueError(
+                raise ConfigError(
                     f'{self.name} has no string under "{self.text_key}" (text_key); it has keys {", ".join(record)}.'
                 )
             if text:
@@ -217,7 +219,7 @@ def _stream(name: str, subset: str, split: str):
     try:
         import datasets
     except ImportError:
-        raise ValueError(f"{name} is read with Hugging Face's datasets: pip install datasets.") from None
+        raise ConfigError(f"{name} is read with Hugging Face's datasets: pip install datasets.") from None
     return datasets.load_dataset(name, subset or None, split=split, streaming=True)
 
 
@@ -231,11 +233,11 @@ def build_source(dataset: str, path: str, text_key: str = "text") -> Source:
     """
     if dataset == "python_stdlib":
         if path:
-            raise ValueError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')
+            raise ConfigError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')
         source = _python_stdlib(text_key)
     elif dataset == "text":
         if not path:
-            raise ValueError(
+            raise ConfigError(
                 'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'
             )
         source = _text_files(path, text_key)
@@ -243,9 +245,9 @@ def build_source(dataset: str, path: str, text_key: str = "text") -> Source:
         names = ["python_stdlib", "text", "shards"]
         near = difflib.get_close_matches(dataset, names, n=1)
         did_you_mean = f' did you mean "{near[0]}"?' if near else ""
-        raise ValueError(f'dataset "{dataset}" is unknown;{did_you_mean} Valid are {", ".join(names)}.')
+        raise ConfigError(f'dataset "{dataset}" is unknown;{did_you_mean} Valid are {", ".join(names)}.')
     if text_key != "text" and not any(file.suffix in (".jsonl", ".parquet") for file in source.files):
-        raise ValueError(
+        raise ConfigError(
             f'data.text_key ("{text_key}") has no effect: no .jsonl or .parquet file is read; leave it out.'
         )
     return source
@@ -258,7 +260,7 @@ def _python_stdlib(text_key: str) -> Source:
         subfolders[:] = [name for name in subfolders if _in_stdlib(name)]
         files |= {Path(folder, name) for name in names if name.endswith(".py") and _in_stdlib(name)}
     if not files:
-        raise ValueError(
+        raise ConfigError(
             f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; "
             'use another Python, or data.dataset = "text" with a path.'
         )
@@ -282,7 +284,7 @@ def _text_files(path: str, text_key: str) -> Source:
     else:
         files = {file for match in glob.glob(str(root), recursive=True) if (file := Path(match)).is_file()}
     if not files:
-        raise ValueError(f"data.path ({path}) matches no file; the current folder is {Path.cwd()}.")
+        raise ConfigError(f"data.path ({path}) matches no file; the current folder is {Path.cwd()}.")
     return Source(root, files, text_key=text_key, skip_unreadable=False)
 
 

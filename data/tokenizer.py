@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from errors import ConfigError
+
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SHIPPED = {"bpe_4096": Path(__file__).parent / "bpe_4096.tiktoken"}
 
@@ -128,7 +130,7 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
         if name_or_path in tiktoken.list_encoding_names():
             return _tiktoken_encoding(name_or_path)
         if not path.exists():
-            raise ValueError(_unknown(name_or_path, tiktoken.list_encoding_names()))
+            raise ConfigError(_unknown(name_or_path, tiktoken.list_encoding_names()))
         if path.is_dir():
             path = _tokenizer_file(path)
         if path.suffix == ".json":
@@ -155,15 +157,15 @@ def read_ranks(path: Path) -> dict[bytes, int]:
                 if len(ranks) != number or int(rank) != number - 1:
                     raise ValueError
     except OSError as error:
-        raise ValueError(f"tokenizer {path} cannot be read: {error.strerror}.") from None
+        raise ConfigError(f"tokenizer {path} cannot be read: {error.strerror}.") from None
     except (ValueError, binascii.Error):
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer {path}, line {number}: not tiktoken's format, lines of `base64(token) rank` with "
             "ranks 0, 1, 2, ...; SentencePiece models are not supported."
         ) from None
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is "
             f"{missing[0]}), so not every text could be encoded; is the file complete?"
         )
@@ -195,7 +197,7 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
     try:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # all of requests' are OSErrors; a wrong checksum is a ValueError
-        raise ValueError(
+        raise ConfigError(
             f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed '
             f"({type(error).__name__}); put its file into the folder that TIKTOKEN_CACHE_DIR "
             "names, or use one that works offline: "
@@ -212,7 +214,7 @@ def _tokenizer_file(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model"):
         if (folder / name).is_file():
             return folder / name
-    raise ValueError(f"tokenizer {folder} is a folder without a tokenizer.json or tokenizer.model in it.")
+    raise ConfigError(f"tokenizer {folder} is a folder without a tokenizer.json or tokenizer.model in it.")
 
 
 def _unknown(name: str, encodings: list[str]) -> str:

@@ -4,7 +4,7 @@ from model.args import ModelArgs
 from model.flavors import FLAVORS, get_flavor
 from model.flops import flops_per_token, num_matmul_params, num_params
 from model.head import IGNORE_INDEX
-from model.mtp import further_tokens
+from model.mtp import mtp_targets
 from model.transformer import Transformer
 
 __all__ = [
@@ -13,8 +13,8 @@ __all__ = [
     "ModelArgs",
     "Transformer",
     "flops_per_token",
-    "further_tokens",
     "get_flavor",
+    "mtp_targets",
     "num_matmul_params",
     "num_params",
 ]

@@ -18,7 +18,7 @@ class ModelArgs:
     n_layers: int = _arg(4, "number of blocks")
     n_heads: int = _arg(8, "query heads")
     n_kv_heads: int = _arg(4, "key/value heads: n_heads is multi-head attention, 1 multi-query, between them grouped")
-    ffn_dim: int = _arg(384, "hidden width of SwiGLU, in dense blocks")
+    hidden_dim: int = _arg(384, "hidden width of SwiGLU, in dense blocks")
     vocab_size: int = _arg(4096, "rows of the embedding; at least the tokenizer's number of tokens")
     max_seq_len: int = _arg(8192, "the longest sequence the model is meant for")
     norm_eps: float = _arg(1e-5, "RMSNorm's epsilon")
@@ -32,16 +32,16 @@ class ModelArgs:
     v_head_dim: int = _arg(0, '"mla": channels of a value head')
 
     n_experts: int = _arg(0, "routed experts of a mixture block; 0: every block is dense")
-    n_experts_per_token: int = _arg(0, "routed experts that a token goes to")
+    top_k: int = _arg(0, "routed experts that a token goes to")
     n_shared_experts: int = _arg(0, "experts that every token goes to, as one of so many times the width")
-    moe_ffn_dim: int = _arg(0, "hidden width of an expert")
+    moe_hidden_dim: int = _arg(0, "hidden width of an expert")
     n_dense_layers: int = _arg(0, "the first blocks, which stay dense")
     score_function: str = _arg("softmax", '"softmax" over the experts or "sigmoid" of each')
-    n_expert_groups: int = _arg(1, "groups of equally many experts; a token's experts come from n_limited_groups")
-    n_limited_groups: int = _arg(1, "groups that a token may choose from")
-    n_group_top: int = _arg(1, "a group is ranked by the sum of its best so many scores: V2 1, V3 2")
-    normalize_scores: bool = _arg(False, "the scores of a token's experts are divided by their sum")
-    score_scale: float = _arg(1.0, "the scores are multiplied by this, last")
+    n_expert_groups: int = _arg(1, "groups of equally many experts; a token's experts come from topk_group")
+    topk_group: int = _arg(1, "groups that a token may choose from")
+    n_group_topk: int = _arg(1, "a group is ranked by the sum of its best so many scores: V2 1, V3 2")
+    route_norm: bool = _arg(False, "the scores of a token's experts are divided by their sum")
+    route_scale: float = _arg(1.0, "the scores are multiplied by this, last")
     expert_bias: bool = _arg(False, "experts are chosen by score + bias, which balances them without a loss")
     expert_bias_speed: float = _arg(0.001, "what a step adds to the bias of too idle experts, takes from too busy ones")
     balance_loss_weight: float = _arg(0.0, "weight of the sequence-wise balance loss; 0: none")
@@ -62,7 +62,7 @@ class ModelArgs:
     init_std: float = _arg(0.02, "standard deviation of the initial weights")
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len"):
+        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1.")
         for name, choices in (
@@ -101,7 +101,7 @@ class ModelArgs:
     def _check_experts(self):
         if self.n_experts == 0:
             return
-        for name in ("n_experts", "n_experts_per_token", "moe_ffn_dim", "n_expert_groups", "n_limited_groups"):
+        for name in ("n_experts", "top_k", "moe_hidden_dim", "n_expert_groups", "topk_group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1 in a mixture of experts.")
         if self.n_experts % self.n_expert_groups != 0:
@@ -109,14 +109,14 @@ class ModelArgs:
                 f"model.n_expert_groups ({self.n_expert_groups}) must divide model.n_experts ({self.n_experts})."
             )
         group = self.n_experts // self.n_expert_groups
-        if self.n_limited_groups > self.n_expert_groups or self.n_group_top > group or self.n_group_top < 1:
+        if self.topk_group > self.n_expert_groups or self.n_group_topk > group or self.n_group_topk < 1:
             raise ValueError(
-                f"model.n_limited_groups ({self.n_limited_groups}) of {self.n_expert_groups} groups, ranked by "
-                f"model.n_group_top ({self.n_group_top}) of {group} experts each, cannot be; lower them."
+                f"model.topk_group ({self.topk_group}) of {self.n_expert_groups} groups, ranked by "
+                f"model.n_group_topk ({self.n_group_topk}) of {group} experts each, cannot be; lower them."
             )
-        if self.n_experts_per_token > self.n_limited_groups * group:
+        if self.top_k > self.topk_group * group:
             raise ValueError(
-                f"model.n_experts_per_token ({self.n_experts_per_token}) is more than the {self.n_limited_groups} "
+                f"model.top_k ({self.top_k}) is more than the {self.topk_group} "
                 f"groups of {group} experts that a token may choose from have."
             )
         if self.n_dense_layers > self.n_layers:
@@ -130,7 +130,7 @@ class ModelArgs:
         return self.qk_nope_head_dim + self.qk_rope_head_dim if self.attention == "mla" else self.dim // self.n_heads
 
     @property
-    def value_dim(self) -> int:
+    def value_head_dim(self) -> int:
         """Channels of a value head."""
         return self.v_head_dim if self.attention == "mla" else self.head_dim
 
@@ -139,6 +139,6 @@ class ModelArgs:
         """Channels of a head that RoPE rotates."""
         return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
 
-    def is_mixture(self, layer: int) -> bool:
+    def is_moe_layer(self, layer: int) -> bool:
         """Whether block `layer` is a mixture of experts; those of multi-token prediction count on from n_layers."""
         return self.n_experts > 0 and layer >= self.n_dense_layers

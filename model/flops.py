@@ -35,7 +35,7 @@ def flops_per_token(args: ModelArgs, seq_len: int, *, causal: bool = False) -> i
     needs; the reported MFU does not, as in torchtitan, so that numbers compare. Recomputation is never counted.
     """
     layers = args.n_layers + args.n_mtp_layers
-    attention = 6 * layers * args.n_heads * (args.head_dim + args.value_dim) * seq_len
+    attention = 6 * layers * args.n_heads * (args.head_dim + args.value_head_dim) * seq_len
     return 6 * num_matmul_params(args) + (attention // 2 if causal else attention)
 
 
@@ -55,7 +55,7 @@ def _block_matmul_params(args: ModelArgs, layer: int, active: bool) -> int:
         attention = queries + latent + keys_values + args.n_heads * args.v_head_dim * args.dim
     else:
         attention = 2 * args.dim * (args.n_heads + args.n_kv_heads) * args.head_dim
-    if not args.is_mixture(layer):
-        return attention + 3 * args.dim * args.ffn_dim
-    experts = args.n_shared_experts + (args.n_experts_per_token if active else args.n_experts)
-    return attention + args.dim * args.n_experts + 3 * args.dim * args.moe_ffn_dim * experts
+    if not args.is_moe_layer(layer):
+        return attention + 3 * args.dim * args.hidden_dim
+    experts = args.n_shared_experts + (args.top_k if active else args.n_experts)
+    return attention + args.dim * args.n_experts + 3 * args.dim * args.moe_hidden_dim * experts

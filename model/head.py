@@ -73,10 +73,10 @@ def loss_in_chunks(h: Tensor, weight: Tensor, labels: Tensor, first_id: int, cor
         return total
     # Two nodes and a sum, not one node of both: a zero-bubble schedule cuts backward in two where the ways to h and to
     # the weight part, and in torch 2.11 that cannot be at a node written in Python.
-    return WithGradient.apply(h, total, grad_h) + WithGradient.apply(weight, torch.zeros_like(total), grad_weight)
+    return PrecomputedGrad.apply(h, total, grad_h) + PrecomputedGrad.apply(weight, torch.zeros_like(total), grad_weight)
 
 
-class WithGradient(torch.autograd.Function):
+class PrecomputedGrad(torch.autograd.Function):
     """A value whose gradient by x is known already."""
 
     @staticmethod

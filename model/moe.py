@@ -3,7 +3,7 @@
 A router sends each token to K of E narrow feed-forwards, the experts; shared experts take every token besides. The rows
 that the experts work on are the tokens' copies, sorted by expert. No token is ever dropped.
 
-    B batch, S sequence, T = B S tokens, D dim, F moe_ffn_dim, E experts, K experts a token, R = T K rows
+    B batch, S sequence, T = B S tokens, D dim, F moe_hidden_dim, E experts, K experts a token, R = T K rows
 """
 
 import torch
@@ -21,7 +21,7 @@ class MoE(nn.Module):
     def __init__(self, args: ModelArgs, shared_experts: nn.Module | None, sequences_per_step: int):
         super().__init__()
         self.router = Router(args, sequences_per_step)
-        self.experts = Experts(args.n_experts, args.dim, args.moe_ffn_dim)
+        self.experts = Experts(args.n_experts, args.dim, args.moe_hidden_dim)
         self.shared_experts = shared_experts
         self.combine = combine  # compiled in its place: parallelize/compile.py
 
@@ -95,24 +95,24 @@ class Router(nn.Module):
             chosen_TE = torch.zeros_like(scores_TE, dtype=torch.int64).scatter_(1, experts_TK, 1)
             counts_BE = chosen_TE.unflatten(0, x.shape[:2]).sum(1)
         scores_TK = scores_TE.gather(1, experts_TK)
-        if args.normalize_scores:
+        if args.route_norm:
             scores_TK = scores_TK / (scores_TK.sum(-1, keepdim=True) + 1e-20)
         if args.balance_loss_weight > 0:
             scores_TK = AddLoss.apply(scores_TK, self.balance_loss(scores_TE, counts_BE))
-        return scores_TK * args.score_scale, experts_TK, counts_BE.sum(0)
+        return scores_TK * args.route_scale, experts_TK, counts_BE.sum(0)
 
     def choose(self, scores_TE: Tensor) -> Tensor:
         """The experts of each token [T, K]: those of the highest score + bias, in the groups that rank highest by
         their best ones (V2, section 2.1.2; V3, section 2.1.2). The bias is for this choice only."""
         args = self.args
         rank_TE = scores_TE + self.expert_bias if args.expert_bias else scores_TE
-        if args.n_limited_groups < args.n_expert_groups:
+        if args.topk_group < args.n_expert_groups:
             rank_TGe = rank_TE.unflatten(1, (args.n_expert_groups, -1))
-            rank_TG = rank_TGe.topk(args.n_group_top, dim=-1).values.sum(-1)
-            groups = rank_TG.topk(args.n_limited_groups, dim=-1).indices
+            rank_TG = rank_TGe.topk(args.n_group_topk, dim=-1).values.sum(-1)
+            groups = rank_TG.topk(args.topk_group, dim=-1).indices
             is_out = torch.ones_like(rank_TG, dtype=torch.bool).scatter_(1, groups, False)
             rank_TE = rank_TGe.masked_fill(is_out[..., None], -torch.inf).flatten(1)
-        return rank_TE.topk(args.n_experts_per_token, dim=-1).indices
+        return rank_TE.topk(args.top_k, dim=-1).indices
 
     def balance_loss(self, scores_TE: Tensor, counts_BE: Tensor) -> Tensor:
         """This part's share of the sequence-wise balance loss (V3, equations 17 to 20): weight x the mean over the
@@ -123,7 +123,7 @@ class Router(nn.Module):
         f_BE = counts_BE * self.args.n_experts / choices_B1
         scores_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
         sum_BE = scores_TE.unflatten(0, (len(counts_BE), -1)).sum(1)
-        loss = (f_BE * sum_BE * (self.args.n_experts_per_token / choices_B1)).sum()
+        loss = (f_BE * sum_BE * (self.args.top_k / choices_B1)).sum()
         return self.args.balance_loss_weight / self.sequences_per_step * loss
 
 

@@ -31,7 +31,7 @@ class MTPLayer(nn.Module):
         return self.norm(h), counts
 
 
-def further_tokens(tokens: Tensor, labels: Tensor, depth: int) -> dict[str, Tensor]:
+def mtp_targets(tokens: Tensor, labels: Tensor, depth: int) -> dict[str, Tensor]:
     """What multi-token prediction of whole sequences needs, for tokens and labels [B, S]: `mtp_tokens` [B, S, depth],
     the k-th token after each, and `mtp_labels`, the one behind that. A label is ignored unless all up to it are valid,
     since no prediction goes beyond the end of a document or of the sequence (there, the token is 0)."""

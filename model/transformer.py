@@ -46,11 +46,11 @@ class TransformerBlock(nn.Module):
         self.attention = LatentAttention(args) if args.attention == "mla" else Attention(args)
         self.ffn_norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
         self.feed_forward = self.moe = None
-        if args.is_mixture(layer):
-            width = args.n_shared_experts * args.moe_ffn_dim
+        if args.is_moe_layer(layer):
+            width = args.n_shared_experts * args.moe_hidden_dim
             self.moe = MoE(args, FeedForward(args.dim, width) if width else None, sequences_per_step)
         else:
-            self.feed_forward = FeedForward(args.dim, args.ffn_dim)
+            self.feed_forward = FeedForward(args.dim, args.hidden_dim)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask=None) -> tuple[Tensor, Tensor | None]:
         """x [batch, seq, dim], the rest as for attention -> x's shape; and in a mixture the number of tokens that went
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         Given labels [batch, seq] (int64, -100 where there is none), the sum of their cross entropies in nats. In a
         later pipeline stage x is the stream [batch, seq, dim], in an earlier one so is the result.
 
-        mtp_tokens and mtp_labels [batch, seq, n_mtp_layers], from `further_tokens`, are for multi-token prediction: the
+        mtp_tokens and mtp_labels [batch, seq, n_mtp_layers], from `mtp_targets`, are for multi-token prediction: the
         mean of its losses, times mtp_loss_weight, is added to the gradient but not to the loss that is returned.
 
         documents [batch, whole seq] (int64) numbers the documents that share a sequence: attention stays in each."""

@@ -6,7 +6,7 @@ al. 2016, arXiv:1604.06174). What is cheap to compute is often large to keep, an
 choose operation by operation (selective recomputation: Korthikanti et al. 2022, arXiv:2205.05198).
 
 What a dense block keeps, in bytes per token in bfloat16, and what it computes again, in FLOPs per token; d = dim,
-k = n_kv_heads x head_dim, f = ffn_dim, h = n_heads, s = sequence length; 8B: what that is for Llama 3.1 8B (causal
+k = n_kv_heads x head_dim, f = hidden_dim, h = n_heads, s = sequence length; 8B: what that is for Llama 3.1 8B (causal
 attention at s = 8,192):
 
     mode             kept                      8B      recomputed                              8B, of its forward
@@ -41,14 +41,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from parallelize.compat import set_activation_memory_budget
+from errors import ConfigError
+from torch_private import set_activation_memory_budget
 
 aten, c10d = torch.ops.aten, torch.ops._c10d_functional
 
 MODES = ("none", "full", "selective", "memory_budget")
 
 # What "op" never computes again. Attention, as its FLOPs grow with the sequence and its result does not;
-DEAR = {
+OPS_TO_SAVE = {
     aten._scaled_dot_product_flash_attention.default,
     aten._scaled_dot_product_efficient_attention.default,
     aten._scaled_dot_product_cudnn_attention.default,
@@ -73,7 +74,7 @@ MATMULS = {
 }
 
 
-def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, memory_budget: float) -> None:
+def apply_activation_checkpointing(model: nn.Module, *, mode: str, selective: str, memory_budget: float) -> None:
     """Makes the blocks of model recompute in backward, in place; before they are compiled and sharded by FSDP.
 
     selective is "op" or, as text, n: every n-th block of the whole model (not of this pipeline stage) is recomputed.
@@ -81,9 +82,9 @@ def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, 
     a value that is none of these.
     """
     if mode not in MODES:
-        raise ValueError(f'activation_checkpoint.mode ("{mode}") must be {_either(MODES)}.')
+        raise ConfigError(f'activation_checkpoint.mode ("{mode}") must be {_either(MODES)}.')
     if mode == "memory_budget" and not 0 <= memory_budget <= 1:
-        raise ValueError(f"activation_checkpoint.memory_budget ({memory_budget}) must be from 0 to 1.")
+        raise ConfigError(f"activation_checkpoint.memory_budget ({memory_budget}) must be from 0 to 1.")
     # An option of the whole process, so it is set back for a model that does not ask for it.
     set_activation_memory_budget(memory_budget if mode == "memory_budget" else 1.0)
     if mode == "full":
@@ -93,7 +94,7 @@ def apply_activation_checkpoint(model: nn.Module, *, mode: str, selective: str, 
     elif mode == "selective":
         n_layers = model.args.n_layers
         if not (selective.isdecimal() and 1 <= int(selective) <= n_layers):
-            raise ValueError(
+            raise ConfigError(
                 f'activation_checkpoint.selective_option ("{selective}") must be "op" or a number n from 1 to '
                 f"{n_layers} (model.n_layers): every n-th block is recomputed."
             )
@@ -147,7 +148,7 @@ def _save_what_is_dear():
     num_matmuls = Counter()
 
     def policy(context, op, *args, **kwargs):
-        save = op in DEAR
+        save = op in OPS_TO_SAVE
         if op in MATMULS:
             num_matmuls[context.is_recompute] += 1
             save = num_matmuls[context.is_recompute] % 2 == 0

@@ -19,21 +19,23 @@ Proof: tests/test_compile.py.
 import torch
 from torch import nn
 
+from errors import ConfigError
+
 
 def apply_compile(
-    model: nn.Module, *, backend: str, param_dtype: torch.dtype = torch.bfloat16, experts_apart: bool = False
+    model: nn.Module, *, backend: str, param_dtype: torch.dtype = torch.bfloat16, separate_experts: bool = False
 ) -> None:
     """Compiles every block of model and its loss, in place, at their first call; after recomputation and before FSDP.
     Of a mixture whose experts FSDP shards apart, or computed in another type (param_dtype) than the compiler's grouped
     product has, the parts. ValueError for a backend that torch does not know."""
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends())
-        raise ValueError(f'compile.backend ("{backend}") must be one of {known}; to debug, aot_eager or eager.')
+        raise ConfigError(f'compile.backend ("{backend}") must be one of {known}; to debug, aot_eager or eager.')
     options = dict(fullgraph=True, dynamic=False, backend=backend)
     compiles_experts = param_dtype == torch.bfloat16
     for block in model.blocks().values():
         moe = block.moe
-        if moe is None or (compiles_experts and not experts_apart):
+        if moe is None or (compiles_experts and not separate_experts):
             block.compile(**options)
             continue
         # FSDP's hooks on the experts, and the wait for the sizes of what arrives, are in the middle of the block.

@@ -38,13 +38,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention.bias import causal_lower_right
 
+from errors import ConfigError
 from model.args import ModelArgs
 from model.attention import BlockMask, DocumentMask
-from parallelize.compat import all_to_all_single_autograd
 from parallelize.styles import gather_sequence
+from torch_private import all_to_all_single_autograd
 
 
-def shard_sequences(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
+def shard_sequence(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
     """This rank's part [batch, seq / C] of each tensor [batch, seq] but documents: chunks r and 2C - 1 - r of 2C."""
     size, rank = mesh.size(), mesh.get_local_rank()
     if size == 1:
@@ -54,22 +55,22 @@ def shard_sequences(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Ten
     return parts | {name: tensor for name, tensor in batch.items() if name == "documents"}
 
 
-def apply_context_parallel(model: nn.Module, mesh: DeviceMesh, *, method: str, seq_len: int, tp: int) -> None:
+def parallelize_context(model: nn.Module, mesh: DeviceMesh, *, method: str, seq_len: int, tp: int) -> None:
     """Exchanges the core of every block's attention, in place, for one that sees the whole sequence; seq_len is the
     whole sequence's, tp the degree of tensor parallelism. ValueError where the degree does not divide what it must."""
     if mesh.size() == 1:
         return
     require_divisible(model.args, mesh.size(), method, seq_len, tp)
-    make = {"allgather": GatheredAttention, "alltoall": HeadExchangeAttention, "latent": PartOfQueries}[method]
+    make = {"allgather": AllGatherKVAttention, "alltoall": UlyssesAttention, "latent": CPAttention}[method]
     for block in model.blocks().values():
         block.attention.core = make(block.attention.core, mesh, seq_len)
         if method == "latent":
             block.attention.latent = GatherTokens(mesh)
     if method != "alltoall":
-        model.document_mask = PartOfDocumentMask(mesh, seq_len)
+        model.document_mask = CPDocumentMask(mesh, seq_len)
 
 
-class PartOfDocumentMask(DocumentMask):
+class CPDocumentMask(DocumentMask):
     """The rows of the mask that are for this rank's two chunks of queries."""
 
     def __init__(self, mesh: DeviceMesh, seq_len: int):
@@ -94,7 +95,7 @@ class GatherTokens(nn.Module):
         return in_order(gather_sequence(x[None], self.mesh, dim=0))
 
 
-class PartOfQueries(nn.Module):
+class CPAttention(nn.Module):
     """Attention of this rank's two chunks of queries to the keys and values of the whole sequence."""
 
     def __init__(self, core: nn.Module, mesh: DeviceMesh, seq_len: int):
@@ -108,14 +109,14 @@ class PartOfQueries(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q [batch, seq / C, heads, d_qk] of the two chunks; k and v [batch, seq, heads, d] -> [.., heads, d_v]. mask:
-        `PartOfDocumentMask`'s, for both chunks at once, or None."""
+        `CPDocumentMask`'s, for both chunks at once, or None."""
         if mask is not None:
             return self.core(q, k, v, mask)
         parts = zip(q.chunk(2, dim=1), self.ends, self.masks, strict=True)
         return torch.cat([self.core(part, k[:, :end], v[:, :end], mask) for part, end, mask in parts], dim=1)
 
 
-class GatheredAttention(PartOfQueries):
+class AllGatherKVAttention(CPAttention):
     def __init__(self, core: nn.Module, mesh: DeviceMesh, seq_len: int):
         super().__init__(core, mesh, seq_len)
         self.gather = GatherTokens(mesh)
@@ -126,7 +127,7 @@ class GatheredAttention(PartOfQueries):
         return super().forward(q, k, v, mask)
 
 
-class HeadExchangeAttention(nn.Module):
+class UlyssesAttention(nn.Module):
     def __init__(self, core: nn.Module, mesh: DeviceMesh, seq_len: int):
         super().__init__()
         self.core, self.mesh = core, mesh
@@ -167,18 +168,18 @@ def require_divisible(args: ModelArgs, degree: int, method: str, seq_len: int, t
     """ValueError unless a sequence has 2 x degree equal chunks and, for "alltoall", the heads can be shared."""
     if seq_len % (2 * degree) != 0:
         below = seq_len // (2 * degree) * 2 * degree
-        raise ValueError(
+        raise ConfigError(
             f"training.seq_len ({seq_len}) must be a multiple of 2 x parallelism.context_parallel_degree ({degree}): "
             f"each rank takes one part from the head and one from the tail; use {below} or {below + 2 * degree}."
         )
     if method == "latent" and args.attention != "mla":
-        raise ValueError(
+        raise ConfigError(
             f'parallelism.context_parallel_method "latent" gathers the latents of model.attention "mla", but it is '
             f'"{args.attention}"; use "allgather".'
         )
     for name, heads in (("model.n_heads", args.n_heads), ("model.n_kv_heads", args.n_kv_heads)):
         if method == "alltoall" and heads // tp % degree != 0:
-            raise ValueError(
+            raise ConfigError(
                 f'parallelism.context_parallel_method "alltoall" needs context_parallel_degree ({degree}) to divide '
                 f'{name} / tensor_parallel_degree ({heads} / {tp} = {heads // tp}); use "allgather".'
             )

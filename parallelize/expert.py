@@ -40,13 +40,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
+from errors import ConfigError
 from model.args import ModelArgs
 from model.moe import Take, inverse_of
-from parallelize.compat import all_to_all_single_autograd
 from parallelize.styles import LocalWeights, SumOverRanks
+from torch_private import all_to_all_single_autograd
 
 
-def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, sequence: DeviceMesh) -> None:
+def parallelize_experts(model: nn.Module, mesh: DeviceMesh, sequence: DeviceMesh) -> None:
     """Spreads the experts of model over mesh (ep), in place; sequence (cp, tp) are the ranks that share sequences.
     ValueError where the degree does not divide the number of experts, or there are none."""
     mixtures = [block.moe for block in model.blocks().values() if block.moe is not None]
@@ -57,12 +58,12 @@ def apply_expert_parallel(model: nn.Module, mesh: DeviceMesh, sequence: DeviceMe
             moe.router.of_sequence = SumOverRanks(sequence)
         if mesh.size() > 1:
             LocalWeights(Shard(0))._apply(moe.experts, mesh)
-            exchange = TokenExchange(mesh)
+            exchange = TokenDispatcher(mesh)
             moe.experts.register_forward_pre_hook(lambda _, inputs, exchange=exchange: exchange.dispatch(*inputs))
             moe.experts.register_forward_hook(lambda _, inputs, rows, exchange=exchange: exchange.combine(rows))
 
 
-class TokenExchange:
+class TokenDispatcher:
     """The way of one layer's rows to the ranks of their experts and back."""
 
     def __init__(self, mesh: DeviceMesh):
@@ -99,13 +100,13 @@ def to_lists(sent: Tensor, received: Tensor) -> tuple[list[int], list[int]]:
 def require_divisible(args: ModelArgs, degree: int) -> None:
     """ValueError unless `degree` ranks can share the experts evenly."""
     if args.n_experts == 0:
-        raise ValueError(
+        raise ConfigError(
             f"parallelism.expert_parallel_degree ({degree}) needs a mixture of experts, model.n_experts is 0; leave "
             "it out."
         )
     if args.n_experts % degree != 0:
         fitting = [n for n in range(1, args.n_experts + 1) if args.n_experts % n == 0]
-        raise ValueError(
+        raise ConfigError(
             f"parallelism.expert_parallel_degree ({degree}) must divide model.n_experts ({args.n_experts}); use one of "
             f"{fitting}."
         )

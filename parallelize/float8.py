@@ -46,6 +46,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from errors import ConfigError
+
 RECIPES = {"tensorwise": (8, 9), "rowwise": (9, 0), "rowwise_with_gw_hp": (9, 0)}  # compute capability that it needs
 HEAD = "output"
 ALIGNMENT = 16  # no float8 kernel takes a matrix whose sizes are not multiples of it
@@ -85,9 +87,9 @@ def apply_float8(
     ValueError for what cannot be, with the way out.
     """
     if recipe not in RECIPES:
-        raise ValueError(f'float8.recipe ("{recipe}") must be one of {", ".join(RECIPES)}.')
+        raise ConfigError(f'float8.recipe ("{recipe}") must be one of {", ".join(RECIPES)}.')
     if fsdp_all_gather and recipe != "tensorwise":
-        raise ValueError(
+        raise ConfigError(
             f'float8.enable_fsdp_float8_all_gather needs float8.recipe "tensorwise", not "{recipe}"; change one.'
         )
     if not emulate:
@@ -96,7 +98,7 @@ def apply_float8(
     converted, kept = _choose(linears, skip, min_dim)
     dtypes = {linears[name].weight.dtype for name in converted}
     if torch.float64 in dtypes:
-        raise ValueError("float8 does not take float64 weights; set training.dtype to float32 or bfloat16.")
+        raise ConfigError("float8 does not take float64 weights; set training.dtype to float32 or bfloat16.")
     torchao = _import_torchao()
     config = replace(
         torchao.Float8LinearConfig.from_recipe_name(recipe),
@@ -109,7 +111,7 @@ def apply_float8(
     return Float8Report(recipe, converted, kept, sum(sizes[name] for name in converted) / sum(sizes.values()))
 
 
-def update_float8_scales(model: nn.Module) -> None:
+def sync_float8_scales(model: nn.Module) -> None:
     """Takes the scales of all weights that FSDP gathers in float8 in one all-reduce, instead of one for each weight and
     gather. To be called whenever weights have changed: after initialisation or loading and after every optimizer step;
     an old scale would cut off what has grown. A collective; does nothing, and costs nothing, where no weight is so."""
@@ -121,7 +123,7 @@ def update_float8_scales(model: nn.Module) -> None:
         parts = prod(weight.device_mesh.size(axis) for axis in axes)
         # torchao does not pad: ranks would send different lengths, and wait for each other.
         if weight.to_local().numel() * parts != weight.numel():
-            raise ValueError(
+            raise ConfigError(
                 f"float8.enable_fsdp_float8_all_gather: {name} {tuple(weight.shape)} cannot be cut into {parts} equal "
                 "parts; use a number of ranks that divides its sizes, add the layer to float8.skip, or leave it out."
             )
@@ -146,7 +148,7 @@ def _require_hardware(recipe: str, device_type: str) -> None:
         if capability >= needed:
             return
         found = "this GPU has {}.{}".format(*capability)
-    raise ValueError(
+    raise ConfigError(
         f'float8.recipe "{recipe}" needs a GPU of compute capability {needed[0]}.{needed[1]}, {found}; leave float8 '
         "out, or set float8.emulate to true for the same rounding at the speed of float32."
     )
@@ -156,7 +158,7 @@ def _choose(linears: dict[str, nn.Linear], skip: Sequence[str], min_dim: int) ->
     """Names to convert, and those that stay, by reason."""
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(
+            raise ConfigError(
                 f'float8.skip: "{pattern}" matches no linear layer; they are {_shortened(list(linears))}, and a '
                 'pattern is held against the whole name: "layers.0.*", "*.wk".'
             )
@@ -178,7 +180,7 @@ def _choose(linears: dict[str, nn.Linear], skip: Sequence[str], min_dim: int) ->
     if not converted:
         largest = max((min(linear.weight.shape) for name, linear in linears.items() if name != HEAD), default=0)
         counts = ", ".join(f"{len(names)} {reason}" for reason, names in kept.items())
-        raise ValueError(
+        raise ConfigError(
             f"float8 has nothing to convert: of {len(linears)} linear layers {counts}; float8.min_dim is {min_dim}, "
             f"the largest layer's smaller side {largest}. Lower float8.min_dim, skip less, or leave float8 out."
         )
@@ -196,7 +198,9 @@ def _import_torchao() -> ModuleType:
         try:
             return importlib.import_module("torchao.float8")
         except ImportError as error:
-            raise ValueError(f"float8 needs torchao ({error}): pip install 'torchao>=0.17', or leave it out.") from None
+            raise ConfigError(
+                f"float8 needs torchao ({error}): pip install 'torchao>=0.17', or leave it out."
+            ) from None
 
 
 @contextmanager

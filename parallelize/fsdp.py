@@ -17,7 +17,7 @@ up to a multiple of N), of b bytes in param_dtype and s in reduce_dtype, with M 
                     M reduce-scatters, P s (N-1)/N each
     dp_replicate    when R > 1, one all-reduce of the gradient's shard: 2 P/N s (R-1)/R
 
-On gloo the first two are messages: to each other rank and from each, the same bytes (see `parallelize/gloo.py`).
+On gloo the first two are messages: to each other rank and from each, the same bytes (see `training/gloo.py`).
 
 Experts that are a group of their own count as a block, with efsdp's ranks for N. Recomputation gathers nothing more.
 
@@ -32,10 +32,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, Shard
 
 from model.moe import Experts
-from parallelize.gloo import use_direct_messages
+from training.gloo import use_direct_messages
 
 
-def apply_fsdp(
+def parallelize_data(
     model: nn.Module,
     mesh: DeviceMesh,
     *,
@@ -126,7 +126,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def set_last_microbatch(stages: list[nn.Module], *, is_last: bool, keeps_weights: bool) -> None:
+def set_is_last_backward(stages: list[nn.Module], *, is_last: bool, keeps_weights: bool) -> None:
     """Tells FSDP whether this backward, or pipeline schedule, ends the optimizer step: only then are the R copies'
     gradients summed, and gathered weights freed if keeps_weights.
 

@@ -11,10 +11,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 from model.args import ModelArgs
 from model.init import fill_initial_values
-from parallelize.compat import StridedShard
+from torch_private import StridedShard
 
 
-def allocate(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
+def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
     """Memory, without values, for a model on meta. What is counted or learned without a gradient (buffers) is where
     the tokens are, also when FSDP keeps the weights in CPU memory."""
     model.to_empty(device="cpu" if cpu_offload else device)
@@ -26,7 +26,7 @@ def allocate(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> No
 @torch.no_grad()
 def init_weights(model: nn.Module, args: ModelArgs, seed: int) -> None:
     """Writes every parameter's initial values, the same in any layout, and zeros to what is counted and learned
-    without a gradient (buffers); model's memory must exist (`allocate`)."""
+    without a gradient (buffers); model's memory must exist (`materialize`)."""
     model.tie_weights()
     for buffer in model.buffers():
         buffer.zero_()

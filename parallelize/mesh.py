@@ -1,4 +1,4 @@
-"""Degrees -> device meshes. Five axes, always there, each of size 1 or more; slowest first:
+"""ParallelDims -> device meshes. Five axes, always there, each of size 1 or more; slowest first:
 
     pp              pipeline stages
     dp_replicate    copies of the model
@@ -35,11 +35,13 @@ from math import prod
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from errors import ConfigError
+
 AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """How many ways each axis is split; dp_shard = -1 takes the ranks that the others leave."""
 
     pp: int = 1
@@ -49,28 +51,28 @@ class Degrees:
     tp: int = 1
     ep: int = 1
 
-    def resolve(self, world_size: int) -> "Degrees":
+    def resolve(self, world_size: int) -> "ParallelDims":
         """The same with dp_shard filled in. ValueError unless it multiplies to world_size, with layouts that do."""
         values = {axis: getattr(self, axis) for axis in AXES}
         wrong = [a for a, n in values.items() if n < 1 and not (a == "dp_shard" and n == -1)]
         if wrong:
-            raise ValueError(f"{_option(wrong[0])} ({values[wrong[0]]}) must be at least 1.")
+            raise ConfigError(f"{_option(wrong[0])} ({values[wrong[0]]}) must be at least 1.")
         others = prod(n for axis, n in values.items() if axis != "dp_shard")
         if values["dp_shard"] == -1 and world_size % others == 0:
             values["dp_shard"] = world_size // others
         if others * values["dp_shard"] != world_size:
             given = " x ".join(f"{_option(a)} {n}" for a, n in values.items() if n not in (1, -1))
-            raise ValueError(
+            raise ConfigError(
                 f"{given} does not multiply to the number of ranks ({world_size}); these would fit: "
                 f"{self._suggest(world_size)}."
             )
         experts = values["dp_shard"] * values["cp"] * values["tp"]
         if self.ep < 1 or experts % self.ep != 0:
-            raise ValueError(
+            raise ConfigError(
                 f"expert_parallel_degree ({self.ep}) must divide dp_shard x cp x tp ({experts}); use one of "
                 f"{[n for n in range(1, experts + 1) if experts % n == 0]}."
             )
-        return Degrees(**values, ep=self.ep)
+        return ParallelDims(**values, ep=self.ep)
 
     def __str__(self) -> str:
         return " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1) or "1"
@@ -98,14 +100,14 @@ def _option(axis: str) -> str:
 
 
 @dataclass(frozen=True)
-class Mesh:
+class ParallelMesh:
     """One layout. Slices are taken once, here: a DeviceMesh is equal to itself only.
 
     The meshes are made side by side over the same ranks in the same order, since FSDP and DTensor need equal rank
     maps, not a common root, and joining axes of one mesh is not public API.
     """
 
-    degrees: Degrees
+    degrees: ParallelDims
     world: DeviceMesh  # pp, dp_replicate, dp_shard, cp, tp
     dense: DeviceMesh  # pp, dp_replicate, fsdp, tp
     sparse: DeviceMesh  # pp, dp_replicate, efsdp, ep
@@ -116,22 +118,22 @@ class Mesh:
     sequence: DeviceMesh  # who shares sequences
     loss: DeviceMesh  # over whom token counts and losses are summed
     tokens: DeviceMesh  # over whom tokens of experts are counted
-    data_parallel: DeviceMesh  # what fully_shard takes: (dp_replicate, fsdp), or fsdp alone
-    expert_data_parallel: DeviceMesh  # the same for experts: (dp_replicate, efsdp), or efsdp alone
+    fsdp: DeviceMesh  # what fully_shard takes: (dp_replicate, fsdp), or fsdp alone
+    efsdp: DeviceMesh  # the same for experts: (dp_replicate, efsdp), or efsdp alone
 
     @property
-    def batch_size(self) -> int:
+    def dp_degree(self) -> int:
         """Number of ranks that read different samples."""
         return self.degrees.dp_replicate * self.degrees.dp_shard
 
     @property
-    def batch_rank(self) -> int:
+    def dp_rank(self) -> int:
         """Which of them this one is; ranks that differ only in cp, tp or pp read the same samples."""
         replicate, shard = (self.world.get_local_rank(axis) for axis in ("dp_replicate", "dp_shard"))
         return replicate * self.degrees.dp_shard + shard
 
 
-def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
+def build_mesh(degrees: ParallelDims, device_type: str, world_size: int) -> ParallelMesh:
     """Meshes of all ranks ("cpu" or "cuda") for these degrees. ValueError if they do not fit; a collective."""
     d = degrees.resolve(world_size)
     fsdp, experts = d.dp_shard * d.cp, d.dp_shard * d.cp * d.tp
@@ -147,7 +149,7 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
     sequence = make(pp=d.pp, batch=d.dp_replicate * d.dp_shard, sequence=d.cp * d.tp)["sequence"]
     # A 2-D mesh adds an all-reduce, over one rank when there is one copy.
     replicate = ("dp_replicate",) if d.dp_replicate > 1 else ()
-    return Mesh(
+    return ParallelMesh(
         d,
         world,
         dense,
@@ -159,6 +161,6 @@ def build_mesh(degrees: Degrees, device_type: str, world_size: int) -> Mesh:
         sequence=sequence,
         loss=loss,
         tokens=tokens,
-        data_parallel=dense[(*replicate, "fsdp")],
-        expert_data_parallel=sparse[(*replicate, "efsdp")],
+        fsdp=dense[(*replicate, "fsdp")],
+        efsdp=sparse[(*replicate, "efsdp")],
     )

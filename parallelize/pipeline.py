@@ -38,6 +38,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, get_schedule_class
 from torch.distributed.tensor import DTensor
 
+from errors import ConfigError
 from model import num_params
 
 SCHEDULES = ("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
@@ -45,7 +46,7 @@ V_SHAPED = ("ZBVZeroBubble", "DualPipeV")
 SPLIT_BACKWARD = ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")  # by input, then by weight
 
 
-def split_into_stages(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stages_per_rank: int) -> list[nn.Module]:
+def parallelize_pipeline(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stages_per_rank: int) -> list[nn.Module]:
     """This rank's stages of a model on meta, in the order of the model: copies of it, each without what is elsewhere.
     stages_per_rank 0: what the schedule is made for, 1 or 2. ValueError if the schedule or the model does not allow
     it."""
@@ -56,19 +57,19 @@ def split_into_stages(model: nn.Module, mesh: DeviceMesh, *, schedule: str, stag
     if schedule in SPLIT_BACKWARD and (args.n_mtp_layers > 1 or (args.tie_embeddings and args.n_mtp_layers)):
         # torch would begin the weight's backward at each of its uses, and run into the uses below a second time.
         tied = str(args.tie_embeddings).lower()
-        raise ValueError(
+        raise ConfigError(
             f"{schedule} cuts each backward in two, which cannot be where the last stage uses the embedding at several "
             f"depths: model.n_mtp_layers is {args.n_mtp_layers}, model.tie_embeddings {tied}; use Interleaved1F1B."
         )
     if schedule in SPLIT_BACKWARD and args.n_mtp_layers and torch.__version__ < "2.12":
         # Sharded by FSDP, the last stage's copy of the embedding would lose its gradient (seen in 2.11, not in 2.13).
-        raise ValueError(
+        raise ConfigError(
             f"{schedule} with multi-token prediction (model.n_mtp_layers {args.n_mtp_layers}) needs torch 2.12: in "
             f"{torch.__version__} a gradient of the embedding is lost; use Interleaved1F1B."
         )
     num_stages = per_rank * mesh.size()
     if num_stages > args.n_layers:
-        raise ValueError(
+        raise ConfigError(
             f"parallelism.pipeline_parallel_degree ({mesh.size()}) x {per_rank} stages a rank needs {num_stages} "
             f"layers, model.n_layers is {args.n_layers}; use a degree of at most {args.n_layers // per_rank}."
         )
@@ -136,7 +137,7 @@ def build_pipeline(
     num_stages, num_microbatches = per_rank * mesh.size(), batch_size // microbatch_size
     _require_enough_microbatches(schedule, mesh.size(), num_stages, batch_size, microbatch_size)
     if schedule in V_SHAPED and device.type == "cpu" and torch.__version__ < "2.12":
-        raise ValueError(
+        raise ConfigError(
             f"{schedule} on CPUs needs torch 2.12: in {torch.__version__} gloo cannot send to its own rank."
         )
     stream = dict(size=(microbatch_size, seq_len, stages[0].args.dim), dtype=dtype)
@@ -210,7 +211,7 @@ def _forward_alone(
     return forward
 
 
-class SharedEmbedding:
+class TiedEmbedding:
     """The last stage uses the embedding too, as the head (tied) or for multi-token prediction: the first stage owns it,
     the last one has a copy.
 
@@ -236,7 +237,7 @@ class SharedEmbedding:
         return parameter is self.copy
 
     @torch.no_grad()
-    def add_gradient(self) -> None:
+    def reduce_gradient(self) -> None:
         """Owner's gradient += copy's; the copy's is dropped."""
         owner, copied = (None if p is None else _local(p.grad) for p in (self.owner, self.copy))
         arrived = self._move(copied, owner, self.copy_rank, self.owner_rank)
@@ -246,7 +247,7 @@ class SharedEmbedding:
             self.copy.grad = None
 
     @torch.no_grad()
-    def copy_weight(self) -> None:
+    def broadcast_weight(self) -> None:
         """Copy's value = owner's."""
         owner, copied = (None if p is None else _local(p) for p in (self.owner, self.copy))
         arrived = self._move(owner, copied, self.owner_rank, self.copy_rank)
@@ -275,7 +276,7 @@ def _stages_per_rank(schedule: str, asked: int) -> int:
     if asked == 0:
         return 2 if is_multi else 1
     if (schedule in V_SHAPED and asked != 2) or (not is_multi and asked != 1):
-        raise ValueError(
+        raise ConfigError(
             f"parallelism.pipeline_parallel_stages_per_rank ({asked}) must be {2 if is_multi else 1} for {schedule}."
         )
     return asked
@@ -285,7 +286,7 @@ def _require_enough_microbatches(schedule: str, ranks: int, stages: int, batch_s
     option = "parallelism.pipeline_parallel_microbatch_size"
     if batch_size % microbatch_size != 0:
         fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-        raise ValueError(
+        raise ConfigError(
             f"{option} ({microbatch_size}) must divide training.local_batch_size ({batch_size}); use one of {fitting}."
         )
     given = batch_size // microbatch_size
@@ -294,7 +295,7 @@ def _require_enough_microbatches(schedule: str, ranks: int, stages: int, batch_s
     rounds = max(1, given // ranks) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
     if given < least or given % rounds != 0:
         need = f"at least {least} microbatches" if given < least else f"microbatches in rounds: a multiple of {ranks}"
-        raise ValueError(
+        raise ConfigError(
             f"{schedule} with {stages} stages needs {need}, but training.local_batch_size ({batch_size}) / "
             f"{option} ({microbatch_size}) gives {given}; change one of them."
         )

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from errors import ConfigError
 from model.moe import Experts, Router
 
 
@@ -38,7 +39,7 @@ class LocalWeights(ParallelStyle):
         elif type(module) is nn.Linear:
             module.forward = lambda x: F.linear(x, local(module.weight))
         else:
-            raise ValueError(
+            raise ConfigError(
                 'float8 does not fit the latents of model.attention "mla" under tensor parallelism; add '
                 "layers.*.attention.w* and mtp.*.w* to float8.skip, or set parallelism.tensor_parallel_degree to 1."
             )

@@ -49,15 +49,16 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from errors import ConfigError
 from model.args import ModelArgs
 from model.head import Head, HeadCore, loss_in_chunks
-from parallelize.compat import enable_micro_pipelining
 from parallelize.styles import GatherInput, GatherOutput, LocalWeights
+from torch_private import enable_micro_pipelining
 
 MTP_WEIGHTS = ("enorm", "hnorm", "eh_proj", "norm")
 
 
-def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, use_async: bool) -> None:
+def parallelize_tensor(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, use_async: bool) -> None:
     """Cuts model in place over mesh (tp); seq_len is the length of a context rank's part of a sequence. use_async lets
     the compiler split each collective and overlap its parts with the matmul beside it (CUDA, compile). ValueError where
     the degree does not divide what it must."""
@@ -110,7 +111,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, *, seq_len: int, u
     whole = {
         "tok_embeddings": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "norm": SequenceParallel(use_local_output=True),
-        "output": VocabularyParallelHead(),
+        "output": VocabParallelHead(),
         **{f"mtp.{k}.{name}": LocalWeights(Replicate()) for k in model.mtp for name in MTP_WEIGHTS},
     }
     # What a pipeline stage lacks, or a block's kind: torch would only warn of a name that matches nothing.
@@ -131,17 +132,17 @@ def _only_present(module: nn.Module, plan: dict[str, ParallelStyle | None]) -> d
     return {name: style for name, style in plan.items() if style and name in present}
 
 
-class VocabularyParallelHead(ParallelStyle):
+class VocabParallelHead(ParallelStyle):
     """The head with 1/T of the vocabulary's rows on each rank; its input [batch, seq / T, dim] is gathered."""
 
     def _apply(self, module: Head, mesh: DeviceMesh) -> Head:
         module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
-        module.core = VocabularyParallelCore(module.core.chunk_size, mesh)
+        module.core = VocabParallelCrossEntropy(module.core.chunk_size, mesh)
 
         return GatherInput()._apply(module, mesh)
 
 
-class VocabularyParallelCore(HeadCore):
+class VocabParallelCrossEntropy(HeadCore):
     def __init__(self, chunk_size: int, mesh: DeviceMesh):
         super().__init__(chunk_size)
         self.mesh = mesh
@@ -163,14 +164,14 @@ def require_divisible(args: ModelArgs, degree: int, seq_len: int) -> None:
     sizes = {
         "model.n_heads": args.n_heads,
         "model.n_kv_heads": args.n_kv_heads,
-        "model.ffn_dim": args.ffn_dim if args.n_dense_layers or not args.n_experts else 0,
-        "model.n_shared_experts x model.moe_ffn_dim": args.n_shared_experts * args.moe_ffn_dim,
+        "model.hidden_dim": args.hidden_dim if args.n_dense_layers or not args.n_experts else 0,
+        "model.n_shared_experts x model.moe_hidden_dim": args.n_shared_experts * args.moe_hidden_dim,
         "model.vocab_size": args.vocab_size,
         "the sequence length of a context rank": seq_len,
     }
     fitting = [n for n in range(1, args.n_kv_heads + 1) if all(size % n == 0 for size in sizes.values())]
     for name, size in sizes.items():
         if size % degree != 0:
-            raise ValueError(
+            raise ConfigError(
                 f"parallelism.tensor_parallel_degree ({degree}) must divide {name} ({size}); use one of {fitting}."
             )

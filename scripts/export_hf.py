@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from checkpoint.hf import export_hf
-from training.distributed import clean_exit
+from hf.load import export_hf
+from resilience.process_group import clean_exit
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from data.prepare import UNIT_BYTES, prepare
 from data.shards import Corpus, Shard, verify
 from data.sources import Stream, build_source
 from data.tokenizer import build_tokenizer
+from errors import ConfigError
 
 
 class Progress:
@@ -67,7 +68,7 @@ def main(arguments: list[str]) -> None:
         folder = Path(options.verify)
         wrong = verify(folder, lambda done, total: progress.show(f"{done}/{total} shards read", done == total))
         if wrong:
-            raise ValueError(
+            raise ConfigError(
                 "\n".join(
                     [
                         *wrong,
@@ -79,9 +80,9 @@ def main(arguments: list[str]) -> None:
         print(f"{folder}: every shard is as it was written")
         return
     if not options.output:
-        raise ValueError("--output FOLDER is needed: where the corpus is to be.")
+        raise ConfigError("--output FOLDER is needed: where the corpus is to be.")
     if options.processes < 0 or options.unit_bytes < 1:
-        raise ValueError("--processes must be at least 0 (in this process), --unit_bytes at least 1.")
+        raise ConfigError("--processes must be at least 0 (in this process), --unit_bytes at least 1.")
     tokenizer = build_tokenizer(options.tokenizer)
     if options.hf_dataset:
         source = Stream(options.hf_dataset, options.hf_subset, options.hf_split, options.text_key)

@@ -31,15 +31,16 @@ sys.path[:0] = PATHS = [str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")]
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from ranks import run_ranks  # noqa: E402
+from helpers.ranks import run_ranks  # noqa: E402
 from smoke_layouts import GLOBAL_BATCH, SCHEDULE, all_chains, all_layouts, name_of, reference_layout  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 
 import train  # noqa: E402
 from config import load_config  # noqa: E402
+from errors import ConfigError  # noqa: E402
 from parallelize.init import held_indices  # noqa: E402
 from parallelize.pipeline import V_SHAPED  # noqa: E402
-from training.distributed import clean_exit  # noqa: E402
+from resilience.process_group import clean_exit  # noqa: E402
 
 STEPS, SEQ_LEN = 6, 64
 RECIPES = {"dense": "llama3_debug", "moe": "deepseek_v3_debug"}
@@ -115,7 +116,7 @@ def run(name: str, ranks: int, arguments: list[str], folder: Path) -> list[dict]
         lines = output.read_text().splitlines() if output.exists() else []
         words = [line for line in lines if line.startswith("error")] or str(failure).splitlines()[-1:]
         print(flush=True)
-        raise ValueError(
+        raise ConfigError(
             f"{name} failed: {words[0].removeprefix('error: ')} (all that it printed: {output})"
         ) from failure
     steps = []
@@ -186,7 +187,9 @@ def main(argv: list[str]) -> None:
     plans = [[made] for made in all_layouts(given.ranks)] + all_chains(given.ranks)
     chosen = [plan for plan in plans if any(fnmatch(name_of(plan), pattern) for pattern in given.only)]
     if not chosen:
-        raise ValueError(f"no layout is named {' or '.join(given.only)}; there are: {' | '.join(map(name_of, plans))}.")
+        raise ConfigError(
+            f"no layout is named {' or '.join(given.only)}; there are: {' | '.join(map(name_of, plans))}."
+        )
     plans = [[reference_layout(model)] for model in RECIPES if any(plan[0].model == model for plan in chosen)] + chosen
     began, references, results = time.perf_counter(), {}, []
     print(f"{'layout':<62} {'loss':>15}  differs in loss, norm, gradients: first, later  seconds")
@@ -215,7 +218,7 @@ def main(argv: list[str]) -> None:
     print(f"{len(results)} runs on {where}, in {seconds:.0f} s; all numbers: {given.folder / 'results.json'}")
     wrong = [f"{result['layout']}: {result['wrong']}" for result in results if result["wrong"]]
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(results)} runs differ from one process: {' | '.join(wrong)}")
+        raise ConfigError(f"{len(wrong)} of {len(results)} runs differ from one process: {' | '.join(wrong)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ FSDP takes the ranks that a layout leaves. With fewer than 8 ranks, its largest 
 from dataclasses import dataclass
 from math import prod
 
-from layouts import SHORT
+from helpers.layouts import SHORT
 
 GLOBAL_BATCH = 16  # sequences a step
 SCHEDULE, METHOD = "parallelism.pipeline_parallel_schedule", "parallelism.context_parallel_method"

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data.sources import build_source
 from data.tokenizer import LLAMA3_PATTERN, SHIPPED
+from errors import ConfigError
 
 NUM_SPECIALS = 2  # bos and eos, the two ids that build_tokenizer puts after the ranks
 
@@ -58,7 +59,7 @@ def train_bpe(words: dict[bytes, int], num_tokens: int) -> list[bytes]:
     heapq.heapify(heap)
     while len(ranks) < num_tokens:
         if not heap:
-            raise ValueError(
+            raise ConfigError(
                 f"this text gives {len(ranks)} tokens at most, not {num_tokens}; use a smaller --vocab_size."
             )
         negative, token = heapq.heappop(heap)
@@ -110,7 +111,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output", default=str(SHIPPED["bpe_4096"]), help="the file to write; default %(default)s")
     options = parser.parse_args(arguments)
     if options.vocab_size < 256 + NUM_SPECIALS:
-        raise ValueError(
+        raise ConfigError(
             f"--vocab_size ({options.vocab_size}) must be at least {256 + NUM_SPECIALS}: bytes, bos and eos."
         )
 

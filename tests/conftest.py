@@ -10,7 +10,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPAT
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # gloo's remarks on host names
 
-pytest.register_assert_rewrite("traffic")  # so that what differs is shown
+pytest.register_assert_rewrite("helpers.traffic")  # so that what differs is shown
 
 
 def pytest_addoption(parser):
@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_sessionfinish(session):
     if session.config.getoption("--write-docs") and not hasattr(session.config, "workerinput"):
-        import fault_table
+        from helpers import fault_table
 
         reports = session.config.pluginmanager.get_plugin("terminalreporter").stats
         fault_table.write({report.nodeid.split("[")[0] for report in reports.get("passed", ())})

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_leaves
 
 from model import ModelArgs, Transformer
 from model.rope import rope_cos_sin
-from parallelize.activation import apply_activation_checkpoint
+from parallelize.activation import apply_activation_checkpointing
 
-ARGS = ModelArgs(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+ARGS = ModelArgs(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
 BATCH, SEQ = 2, 16
 ROPE = rope_cos_sin(torch.arange(SEQ).expand(BATCH, SEQ), ARGS)
 MODES = {  # name: (mode, selective)
@@ -64,7 +64,7 @@ def build(name: str, dtype=torch.float64) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ARGS).to(dtype)
     mode, selective = MODES[name]
-    apply_activation_checkpoint(model, mode=mode, selective=selective, memory_budget=1.0)
+    apply_activation_checkpointing(model, mode=mode, selective=selective, memory_budget=1.0)
     return model
 
 
@@ -108,7 +108,7 @@ def test_bytes_kept_are_those_of_the_docstring():
             out = run_blocks(model, x)
         alive = watch.bytes_alive(but={p.untyped_storage()._cdata for p in (out, *model.parameters())})
         kept[name] = (alive + x.nbytes) / (BATCH * SEQ * ARGS.n_layers)
-    d, k, f, h = ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.ffn_dim, ARGS.n_heads
+    d, k, f, h = ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.hidden_dim, ARGS.n_heads
     assert kept["full"] == 2 * d
     assert kept["op"] == 6 * d + 2 * k + 2 * f + 4 * h
     # On a CPU an RMSNorm is not one kernel: it keeps two float32 copies (and a number) in place of its input.
@@ -137,7 +137,7 @@ def test_blocks_are_counted_in_the_whole_model():
     stage = Transformer(ARGS)
     for i in ("0", "2"):
         del stage.layers[i]
-    apply_activation_checkpoint(stage, mode="selective", selective="4", memory_budget=1.0)
+    apply_activation_checkpointing(stage, mode="selective", selective="4", memory_budget=1.0)
     assert ["forward" in vars(block) for block in stage.layers.values()] == [False, True]  # 1 and 3
 
 
@@ -167,7 +167,7 @@ def test_what_is_refused(options, message):
     """In one line that holds what was given and what is allowed; no block has been changed."""
     model = Transformer(ARGS)
     with pytest.raises(ValueError) as error:
-        apply_activation_checkpoint(model, **(dict(selective="op", memory_budget=0.5) | options))
+        apply_activation_checkpointing(model, **(dict(selective="op", memory_budget=0.5) | options))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not any("forward" in vars(block) for block in model.layers.values())
 
@@ -209,7 +209,7 @@ def _on_two_ranks(layout: str):
             x = x.chunk(2, dim=1)[dist.get_rank()]
             for block in model.layers.values():
                 cut(block, mesh)
-        apply_activation_checkpoint(model, mode=mode, selective=selective, memory_budget=1.0)
+        apply_activation_checkpointing(model, mode=mode, selective=selective, memory_budget=1.0)
         if layout == "fsdp":
             for block in model.layers.values():
                 fully_shard(block, mesh=mesh)

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import V3
-from ranks import run_ranks
-from runs import TINY, argv
+from helpers.layouts import V3
+from helpers.ranks import run_ranks
+from helpers.runs import TINY, argv
 from torch.testing._internal.distributed.fake_pg import FakeStore  # see test_recipes.py
 
 from config import load_config
@@ -22,7 +22,7 @@ CASES = [  # options of a run on eight ranks, and what the message says
     ({TP: 3, CP: 3}, "context_parallel_degree 3 x tensor_parallel_degree 3 does not multiply to the number of ranks"),
     ({TP: 2, "model.n_heads": 3, "model.n_kv_heads": 3}, "tensor_parallel_degree (2) must divide model.n_heads (3)"),
     ({TP: 8}, "tensor_parallel_degree (8) must divide model.n_kv_heads (4); use one of [1, 2, 4]."),
-    ({TP: 2, "model.ffn_dim": 61}, "must divide model.ffn_dim (61)"),
+    ({TP: 2, "model.hidden_dim": 61}, "must divide model.hidden_dim (61)"),
     ({TP: 2, "model.vocab_size": 269}, "must divide model.vocab_size (269)"),
     ({TP: 4, CP: 2, "training.seq_len": 36}, "must divide the sequence length of a context rank (18)"),
     ({CP: 4, "training.seq_len": 36}, "training.seq_len (36) must be a multiple of 2 x"
@@ -48,7 +48,7 @@ CASES = [  # options of a run on eight ranks, and what the message says
     ({EP: 2}, "expert_parallel_degree (2) needs a mixture of experts, model.n_experts is 0; leave it out."),
     ({EP: 8, **V3, "model.n_experts": 12}, "(8) must divide model.n_experts (12); use one of [1, 2, 3, 4, 6, 12]."),
     ({EP: 3, **V3}, "expert_parallel_degree (3) must divide dp_shard x cp x tp (8); use one of [1, 2, 4, 8]."),
-    ({TP: 4, **V3, "model.moe_ffn_dim": 6}, "must divide model.n_shared_experts x model.moe_ffn_dim (6)"),
+    ({TP: 4, **V3, "model.moe_hidden_dim": 6}, "must divide model.n_shared_experts x model.moe_hidden_dim (6)"),
     ({CP: 2, "parallelism.context_parallel_method": "latent"}, '"latent" gathers the latents of model.attention "mla",'
      ' but it is "gqa"; use "allgather".'),
     ({MODE: "selective", "activation_checkpoint.selective_option": "3"}, "a number n from 1 to 2 (model.n_layers)"),

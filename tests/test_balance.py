@@ -3,21 +3,21 @@
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import MODELS
-from ranks import run_ranks
-from runs import options, train_on, write_ragged_text
+from helpers.layouts import MODELS
+from helpers.ranks import run_ranks
+from helpers.runs import options, train_on, write_ragged_text
+from scripts.plot_balance import arguments, loads, write_skewed_text
 from torch.distributed.device_mesh import init_device_mesh
 
 from model import ModelArgs, Transformer
 from parallelize import init_weights
-from parallelize.activation import apply_activation_checkpoint
-from scripts.plot_balance import arguments, loads, write_skewed_text
-from training.balance import ExpertBalance
+from parallelize.activation import apply_activation_checkpointing
+from training.balance import ExpertLoadBalancer
 from training.metrics import Metrics
 
 ARGS = ModelArgs(
-    dim=16, n_layers=2, n_heads=2, n_kv_heads=2, ffn_dim=24, vocab_size=32, n_experts=4, n_experts_per_token=2,
-    moe_ffn_dim=8, n_dense_layers=1, expert_bias=True, expert_bias_speed=0.25, n_mtp_layers=1,
+    dim=16, n_layers=2, n_heads=2, n_kv_heads=2, hidden_dim=24, vocab_size=32, n_experts=4, top_k=2,
+    moe_hidden_dim=8, n_dense_layers=1, expert_bias=True, expert_bias_speed=0.25, n_mtp_layers=1,
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_an_update_moves_the_bias_in_place(alone):
     """By its speed, up for experts with less than the mean and down for those with more, of each layer by its own
     counts, in the very tensors that the checkpoint holds; then counting begins anew."""
     model = build()
-    balance = ExpertBalance([model], alone, alone)
+    balance = ExpertLoadBalancer([model], alone, alone)
     saved = dict(balance.biases)
     assert list(saved) == ["layers.1.moe.router.expert_bias", "mtp.0.block.moe.router.expert_bias"]
     for block, counts in zip(list(model.blocks().values())[1:], ([9, 1, 2, 0], [3, 4, 3, 2]), strict=True):
@@ -88,7 +88,7 @@ def test_each_token_is_counted_once(recomputed):
     """Two microbatches of 16 tokens are 2 x 16 x 2 choices in every mixture, run again in backward or not; tokens that
     are not trained on count nothing."""
     model = build()
-    apply_activation_checkpoint(model, mode=recomputed, selective="op", memory_budget=1.0)
+    apply_activation_checkpointing(model, mode=recomputed, selective="op", memory_budget=1.0)
     for _ in range(2):
         feed(model)
     model.eval()
@@ -99,7 +99,7 @@ def test_each_token_is_counted_once(recomputed):
 def test_collapse_is_told_and_nothing_else(alone, tmp_path, capsys):
     """The line of a step is followed by a warning with the layer where half of the experts are idle, else by none."""
     model = build()
-    balance = ExpertBalance([model], alone, alone)
+    balance = ExpertLoadBalancer([model], alone, alone)
     metrics = Metrics(
         str(tmp_path), is_writer=True, log_freq=1, total_steps=2, flops_per_token=1, num_devices=1,
         device=torch.device("cpu"), enable_tensorboard=False,

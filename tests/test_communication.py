@@ -8,13 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
-from runs import options
-from traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
+from helpers.runs import options
+from helpers.traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
 
 DIM, L, F, V, H, K, SEQ, BATCH = 64, 3, 96, 272, 8, 4, 32, 8  # V: vocabulary; BATCH: sequences a step, of all ranks
 D = DIM // H  # size of a head
 SIZES = options(
-    model__dim=DIM, model__n_layers=L, model__ffn_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=K,
+    model__dim=DIM, model__n_layers=L, model__hidden_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=K,
     training__seq_len=SEQ, training__global_batch_size=BATCH,
 )  # fmt: skip
 
@@ -112,7 +112,7 @@ def test_fsdp(step, freed, M):
 
 def test_fsdp_of_weights_that_do_not_divide(step):
     """Rows are rounded up to a multiple of the ranks: 60 and 268 of them for 8."""
-    sizes = {**SIZES, **options(model__ffn_dim=60, model__vocab_size=268)}
+    sizes = {**SIZES, **options(model__hidden_dim=60, model__vocab_size=268)}
     [traffic] = step(8, sizes=sizes)
     require(traffic, of_fsdp(N=8, F=60, V=268), of_the_step(loss=8, fsdp=8))
 

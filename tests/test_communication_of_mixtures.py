@@ -8,18 +8,18 @@ from collections import Counter
 
 import pytest
 import torch
-from runs import options
-from traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
+from helpers.runs import options
+from helpers.traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
 
 DIM, F, V, H, SEQ, BATCH = 64, 96, 272, 8, 32, 8
 L, DEPTH, MIXTURES = 2, 1, 2  # blocks, the first of them dense; one further token, by a mixture too
 E, K, WIDTH = 8, 2, 32  # experts, those of a token, the channels of one
 Q_LATENT, KV_LATENT, NOPE, ROPE, D_V = 32, 16, 8, 4, 8
 SIZES = options(
-    model__dim=DIM, model__n_layers=L, model__ffn_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=H,
+    model__dim=DIM, model__n_layers=L, model__hidden_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=H,
     model__attention="mla", model__q_lora_rank=Q_LATENT, model__kv_lora_rank=KV_LATENT, model__qk_nope_head_dim=NOPE,
-    model__qk_rope_head_dim=ROPE, model__v_head_dim=D_V, model__n_experts=E, model__n_experts_per_token=K,
-    model__n_shared_experts=1, model__moe_ffn_dim=WIDTH, model__n_dense_layers=1, model__n_mtp_layers=DEPTH,
+    model__qk_rope_head_dim=ROPE, model__v_head_dim=D_V, model__n_experts=E, model__top_k=K,
+    model__n_shared_experts=1, model__moe_hidden_dim=WIDTH, model__n_dense_layers=1, model__n_mtp_layers=DEPTH,
     model__expert_bias="true", training__seq_len=SEQ, training__global_batch_size=BATCH,
 )  # fmt: skip
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from test_activation import ARGS, BATCH, ROPE, SEQ, cut, run_blocks, stream, tokens_and_positions, whole_gradients
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from model import Transformer
-from parallelize.activation import apply_activation_checkpoint
+from parallelize.activation import apply_activation_checkpointing
 from parallelize.compile import apply_compile
 
 RECOMPUTATION = {  # name: (mode, selective)
@@ -33,7 +33,7 @@ def build(backend: str | None, name: str = "none", budget: float = 0.5, dtype=to
     torch.manual_seed(0)
     model = Transformer(ARGS).to(dtype)
     mode, selective = RECOMPUTATION[name]
-    apply_activation_checkpoint(model, mode=mode, selective=selective, memory_budget=budget)
+    apply_activation_checkpointing(model, mode=mode, selective=selective, memory_budget=budget)
     if backend:
         apply_compile(model, backend=backend)
     return model
@@ -87,7 +87,7 @@ def test_budget_and_recomputation_decide_what_a_compiled_block_keeps():
 
     by_itself, half, nothing = (kept("memory_budget", budget) for budget in (1.0, 0.5, 0.0))
     assert by_itself == kept("none") and 0.4 * by_itself < half < 0.65 * by_itself and nothing < 0.2 * by_itself
-    d, k, f, h = ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.ffn_dim, ARGS.n_heads
+    d, k, f, h = ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.hidden_dim, ARGS.n_heads
     assert kept("op") == 2 * (6 * d + 2 * k + 2 * f) + 4 * h  # float32
 
 
@@ -108,7 +108,7 @@ def _on_two_ranks(layout: str, precision: str):
         x = x.chunk(2, dim=1)[dist.get_rank()]
         for block in model.layers.values():
             cut(block, tp)
-    apply_activation_checkpoint(model, mode="selective", selective="op", memory_budget=1.0)
+    apply_activation_checkpointing(model, mode="selective", selective="op", memory_budget=1.0)
     apply_compile(model, backend="aot_eager")
     policy = MixedPrecisionPolicy(getattr(torch, precision), torch.float32, cast_forward_inputs=False)
     for block in model.layers.values():

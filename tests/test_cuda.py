@@ -4,8 +4,8 @@ Small, a few minutes; skipped where there is none. (Its kernels: test_cuda_kerne
 """
 
 import pytest
-from cuda_runs import COMPILE, MIXTURE, SMALL, needs_gpu, run
-from runs import argv, options, read_metrics, run_command, series, write_ragged_text
+from helpers.cuda_runs import COMPILE, MIXTURE, SMALL, needs_gpu, run
+from helpers.runs import argv, options, read_metrics, run_command, series, write_ragged_text
 
 pytestmark = needs_gpu
 

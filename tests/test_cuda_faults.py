@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_runs import COMPILE, MIXTURE, SMALL, needs_gpu, run
-from faults import exit_codes, start
-from runs import argv, options, read_metrics, write_ragged_text
+from helpers.cuda_runs import COMPILE, MIXTURE, SMALL, needs_gpu, run
+from helpers.faults import exit_codes, start
+from helpers.runs import argv, options, read_metrics, write_ragged_text
 
 from checkpoint.manifest import MANIFEST
 from checkpoint.staging import Staging
-from training.signals import EXIT_PREEMPTED
+from resilience.signals import EXIT_PREEMPTED
 
 pytestmark = needs_gpu
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_runs import needs_gpu
+from helpers.cuda_runs import needs_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import FLAVORS, ModelArgs, Transformer
@@ -13,7 +13,7 @@ from model.attention import CoreAttention, DocumentMask
 from model.init import fill_initial_values
 from model.moe import experts_grouped, experts_in_a_loop
 from parallelize import styles
-from parallelize.context import GatheredAttention, PartOfDocumentMask, in_order, shard_sequences
+from parallelize.context import AllGatherKVAttention, CPDocumentMask, in_order, shard_sequence
 from parallelize.init import init_weights
 
 pytestmark = needs_gpu
@@ -103,7 +103,7 @@ def heads(batch: int, seq: int, n_heads: int, n_kv_heads: int, d_qk: int, d_v: i
 def test_attention_takes_a_fused_kernel(flavor):
     """For the heads of every named model, forward and backward: nothing of batch x heads x seq x seq is made."""
     args = FLAVORS[flavor]
-    q, k, v, gradient = heads(1, 1024, args.n_heads, args.n_kv_heads, args.head_dim, args.value_dim)
+    q, k, v, gradient = heads(1, 1024, args.n_heads, args.n_kv_heads, args.head_dim, args.value_head_dim)
     with Kernels() as kernels:
         CoreAttention()(q.requires_grad_(), k.requires_grad_(), v.requires_grad_()).backward(gradient)
     (forward, backward) = kernels.seen
@@ -137,12 +137,12 @@ def test_attention_of_context_ranks(monkeypatch):
     meshes = [SimpleNamespace(size=lambda: size, get_local_rank=lambda r=r: r) for r in range(size)]
 
     def by_ranks(q, k, v):
-        parts = [shard_sequences(dict(q=q, k=k, v=v), mesh) for mesh in meshes]
+        parts = [shard_sequence(dict(q=q, k=k, v=v), mesh) for mesh in meshes]
         # Not detached: the sum over the ranks of the keys' gradients is autograd's here, the reduce-scatter's there.
         FakeGather.together = torch.stack([torch.cat((part["k"], part["v"]), dim=-1) for part in parts])
         outputs = []
         for mesh, part in zip(meshes, parts, strict=True):
-            attention = GatheredAttention(CoreAttention(), mesh, q.size(1))
+            attention = AllGatherKVAttention(CoreAttention(), mesh, q.size(1))
             with Kernels() as kernels:
                 outputs.append(attention(**part))
             # The first rank's first chunk sees as many keys as it has queries: any causal kernel will do.
@@ -164,7 +164,7 @@ def test_attention_of_context_ranks(monkeypatch):
         assert error_of_one < 0.01 and error_of_four < 3 * error_of_one, (name, error_of_one, error_of_four)
 
 
-HEADS = {(a.head_dim, a.value_dim, a.n_heads > a.n_kv_heads) for a in FLAVORS.values()}
+HEADS = {(a.head_dim, a.value_head_dim, a.n_heads > a.n_kv_heads) for a in FLAVORS.values()}
 
 
 @pytest.mark.parametrize("d_qk, d_v, grouped", sorted(HEADS))
@@ -175,7 +175,7 @@ def test_blocks_of_documents(d_qk, d_v, grouped):
     *inputs, gradient = heads(2, 1024, 8, 2 if grouped else 8, d_qk, d_v)
     documents = (torch.arange(1024, device="cuda") ** 1.3 // 700).long().expand(2, -1).contiguous()
     documents[1] = documents[1].flip(0).neg()
-    parts = DocumentMask(), PartOfDocumentMask(SimpleNamespace(size=lambda: 4, get_local_rank=lambda: 1), 1024)
+    parts = DocumentMask(), CPDocumentMask(SimpleNamespace(size=lambda: 4, get_local_rank=lambda: 1), 1024)
     for part in parts:
         here = part.queries(1024, gradient.device)
 

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from checkpoints import Checkpoints, on_rank_0, whole_model
-from fault_table import fault
-from ranks import run_ranks
+from helpers.checkpoints import Checkpoints, on_rank_0, whole_model
+from helpers.fault_table import fault
+from helpers.ranks import run_ranks
 
-from checkpoint.hf_files import INDEX, TensorReader
 from checkpoint.manifest import MANIFEST, METADATA, STATE, digest, find_damage, write_manifest
 from checkpoint.safe_metadata import SafeReader
-from training.distributed import init_distributed
+from hf.safetensors import INDEX, TensorReader
+from resilience.process_group import init_distributed
 
 HURT = "/nano-train-hurt"  # what a hostile payload would leave in the checkpoint's folder
 

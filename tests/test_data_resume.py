@@ -1,7 +1,7 @@
 """Exact resume with all that data can be: a mixture, packed documents, a part held out, workers that read ahead."""
 
 import pytest
-from runs import TINY, argv, options, read_metrics, run_command, write_ragged_text
+from helpers.runs import TINY, argv, options, read_metrics, run_command, write_ragged_text
 from test_data import BYTE
 
 from data.prepare import prepare

@@ -2,7 +2,7 @@
 `pytest tests/test_faults.py --write-docs` writes: the fault is the test's name, what follows its docstring.
 
 (Damaged checkpoints, failed saves and damaged data: test_damaged_checkpoints.py, test_saves.py, test_shards.py; many
-kills: scripts/fault_sweep.py.)
+kills: benchmarks/fault_sweep.py.)
 """
 
 import os
@@ -11,14 +11,14 @@ import subprocess
 import time
 from pathlib import Path
 
-import fault_table
 import pytest
-from fault_table import fault
-from faults import TORCHRUN, TwoHosts, exit_codes, start
-from runs import TINY, argv, options, read_metrics, write_ragged_text
+from helpers import fault_table
+from helpers.fault_table import fault
+from helpers.faults import TORCHRUN, TwoHosts, exit_codes, start
+from helpers.runs import TINY, argv, options, read_metrics, write_ragged_text
 
-from training.distributed import OUT_OF_MEMORY, _report_failure
-from training.signals import EXIT_PREEMPTED
+from resilience.process_group import OUT_OF_MEMORY, _report_failure
+from resilience.signals import EXIT_PREEMPTED
 
 STEPS = 8
 RUN = options(

@@ -17,7 +17,7 @@ from model import ModelArgs, Transformer
 from parallelize.float8 import RECIPES, apply_float8, as_plain
 from parallelize.init import init_weights
 
-ARGS = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=96, vocab_size=128)
+ARGS = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=128)
 OPTIONS = dict(recipe="tensorwise", skip=(), min_dim=16, emulate=True, fsdp_all_gather=False, device_type="cpu")
 BATCH, SEQ = 8, 16
 
@@ -61,7 +61,7 @@ def test_sizes_that_hardware_cannot_multiply_stay():
     class Gate(nn.Linear):
         pass
 
-    model = on_meta(args=ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, ffn_dim=100, vocab_size=128))
+    model = on_meta(args=ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=100, vocab_size=128))
     model.layers["0"].attention.wq = Gate(64, 64, bias=False, device="meta")
     report = apply_float8(model, **OPTIONS)
     assert report.kept["not a multiple of 16"] == [f"layers.0.feed_forward.{w}" for w in ("w1", "w2", "w3")]

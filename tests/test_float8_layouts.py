@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from test_float8 import ARGS, BATCH, OPTIONS, SEQ, assert_bitwise, difference, on_meta, start, whole
 from torch import Tensor
 
-from parallelize.float8 import apply_float8, as_plain, update_float8_scales
-from parallelize.fsdp import apply_fsdp
-from parallelize.gloo import DirectAllGather
-from parallelize.mesh import Degrees, build_mesh
-from parallelize.tensor import apply_tensor_parallel
-from training.distributed import init_distributed
+from parallelize.float8 import apply_float8, as_plain, sync_float8_scales
+from parallelize.fsdp import parallelize_data
+from parallelize.mesh import ParallelDims, build_mesh
+from parallelize.tensor import parallelize_tensor
+from resilience.process_group import init_distributed
+from training.gloo import DirectAllGather
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -49,13 +49,13 @@ def train(model, sequences=slice(None), microbatches=1, steps=2) -> tuple[list, 
     """Loss (this rank's part) and whole gradients of each step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     losses, gradients = [], []
-    update_float8_scales(model)
+    sync_float8_scales(model)
     for _ in range(steps):
         losses.append(forward_backward(model, sequences, microbatches))
         gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
         optimizer.step()
         optimizer.zero_grad()
-        update_float8_scales(model)
+        sync_float8_scales(model)
     return losses, gradients
 
 
@@ -70,18 +70,18 @@ def _train_layouts(layouts: dict[str, dict]) -> dict | None:
 
     DirectAllGather.__call__ = counting
     for name, layout in layouts.items():
-        mesh = build_mesh(Degrees(tp=layout.get("tp", 1)), "cpu", dist.get_world_size())
+        mesh = build_mesh(ParallelDims(tp=layout.get("tp", 1)), "cpu", dist.get_world_size())
         model = on_meta()
         apply_float8(model, **OPTIONS | layout.get("options", {}))
-        apply_tensor_parallel(model, mesh.tp, seq_len=SEQ, use_async=False)
+        parallelize_tensor(model, mesh.tp, seq_len=SEQ, use_async=False)
         for block in model.layers.values() if layout.get("compile") else ():
             block.compile(fullgraph=True, backend="aot_eager")
         policy = dict(reduce_dtype=torch.float32, reshard_after_forward=True, cpu_offload=False)
-        apply_fsdp(model, mesh.data_parallel, param_dtype=torch.float32, **policy)
+        parallelize_data(model, mesh.fsdp, param_dtype=torch.float32, **policy)
         weights = {n: whole(as_plain(p)) for n, p in start(model).named_parameters()}
-        share = BATCH // mesh.batch_size
+        share = BATCH // mesh.dp_degree
         gathered.clear()
-        losses, gradients = train(model, slice(mesh.batch_rank * share, (mesh.batch_rank + 1) * share))
+        losses, gradients = train(model, slice(mesh.dp_rank * share, (mesh.dp_rank + 1) * share))
         losses = torch.stack(losses)
         dist.all_reduce(losses, group=mesh.loss.get_group())
         end = {n: as_plain(p) for n, p in model.named_parameters()}
@@ -193,9 +193,9 @@ def _cut_unevenly():
     model = on_meta()
     apply_float8(model, **OPTIONS | GATHER)
     policy = dict(reduce_dtype=torch.float32, reshard_after_forward=True, cpu_offload=False)
-    apply_fsdp(model, build_mesh(Degrees(), "cpu", 3).data_parallel, param_dtype=torch.float32, **policy)
+    parallelize_data(model, build_mesh(ParallelDims(), "cpu", 3).data_parallel, param_dtype=torch.float32, **policy)
     with pytest.raises(ValueError) as error:
-        update_float8_scales(start(model))
+        sync_float8_scales(start(model))
     dist.barrier()  # or a rank that is done would leave the others alone in the set-up
     return str(error.value)
 

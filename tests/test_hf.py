@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from hf_models import (
+from helpers.hf_models import (
     DEEPSEEK,
     LLAMA,
     LLAMA3_ROPE,
@@ -27,7 +27,7 @@ from hf_models import (
 )
 from transformers.modeling_layers import MtpModel
 
-from checkpoint import export_hf, model_args_of_folder
+from hf import export_hf, model_args_of_folder
 from model import Transformer, get_flavor
 from model.rope import rope_cos_sin
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from hf_models import (
+from helpers.hf_models import (
     DEEPSEEK,
     LLAMA,
     build,
@@ -19,9 +19,9 @@ from hf_models import (
 )
 from safetensors.torch import load_file, save_file
 
-from checkpoint import model_args_of_folder, require_same_model
-from checkpoint.hf_config import config_of_model
-from checkpoint.hf_files import TensorReader, write_tensors
+from hf import model_args_of_folder, require_same_model
+from hf.config import config_of_model
+from hf.safetensors import TensorReader, write_tensors
 from model import FLAVORS, get_flavor, num_params
 
 
@@ -207,7 +207,7 @@ def test_a_flavor_is_the_published_model(name, tmp_path):
     [
         dict(attention="gqa"),
         dict(score_function="softmax"),
-        dict(n_group_top=1),
+        dict(n_group_topk=1),
         dict(rope_scaling="yarn", rope_mscale=0.7),
     ],
 )

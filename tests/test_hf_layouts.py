@@ -11,13 +11,24 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import transformers
-from hf_models import LLAMA, LLAMA3_ROPE, build, checkpoint_of, load_ours, quantise, random_weights, save, tensors_of
-from ranks import run_ranks
-from runs import TINY, argv, options, read_metrics, run_command, whole, write_ragged_text
+from helpers.hf_models import (
+    LLAMA,
+    LLAMA3_ROPE,
+    build,
+    checkpoint_of,
+    load_ours,
+    quantise,
+    random_weights,
+    save,
+    tensors_of,
+)
+from helpers.ranks import run_ranks
+from helpers.runs import TINY, argv, options, read_metrics, run_command, whole, write_ragged_text
 
 import train
-from checkpoint import export_hf, hf_files, load_hf
 from config import load_config
+from hf import export_hf, load_hf
+from hf import safetensors as hf_files
 from model import ModelArgs, Transformer, get_flavor
 from parallelize.init import held_indices
 
@@ -98,8 +109,8 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
         for stage in stages:
             stage.to_empty(device="cpu")
             stage.tie_weights()
-        tensors = train.ExpertBalance(stages, mesh.tokens, mesh.pp).biases
-        shared = train.SharedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
+        tensors = train.ExpertLoadBalancer(stages, mesh.tokens, mesh.pp).biases
+        shared = train.TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
         for stage in stages:
             tensors |= {name: p for name, p in stage.named_parameters() if not shared.is_copy(p)}
         load_hf(config.checkpoint.initial_load_path, tensors, args)

@@ -3,28 +3,28 @@
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from runs import whole
+from helpers.ranks import run_ranks
+from helpers.runs import whole
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from model import ModelArgs, Transformer
-from parallelize import Degrees, build_mesh, init_weights, split_into_stages
-from parallelize.fsdp import apply_fsdp
+from parallelize import ParallelDims, build_mesh, init_weights, parallelize_pipeline
+from parallelize.fsdp import parallelize_data
 from parallelize.init import held_indices
-from parallelize.tensor import apply_tensor_parallel
-from training.distributed import init_distributed
+from parallelize.tensor import parallelize_tensor
+from resilience.process_group import init_distributed
 
 
 @pytest.mark.parametrize(
     "degrees, world_size, resolved",
     [
-        (Degrees(), 8, (1, 1, 8, 1, 1)),
-        (Degrees(dp_replicate=2), 8, (1, 2, 4, 1, 1)),
-        (Degrees(dp_replicate=4, dp_shard=1), 4, (1, 4, 1, 1, 1)),
-        (Degrees(pp=2, cp=2, tp=2), 16, (2, 1, 2, 2, 2)),
+        (ParallelDims(), 8, (1, 1, 8, 1, 1)),
+        (ParallelDims(dp_replicate=2), 8, (1, 2, 4, 1, 1)),
+        (ParallelDims(dp_replicate=4, dp_shard=1), 4, (1, 4, 1, 1, 1)),
+        (ParallelDims(pp=2, cp=2, tp=2), 16, (2, 1, 2, 2, 2)),
     ],
 )
 def test_shard_degree_takes_the_rest(degrees, world_size, resolved):
@@ -36,12 +36,12 @@ def test_shard_degree_takes_the_rest(degrees, world_size, resolved):
 @pytest.mark.parametrize(
     "degrees, world_size, parts",
     [
-        (Degrees(dp_replicate=3), 8, ["data_parallel_replicate_degree 3 does not", "(8)", "_replicate_degree 2 x"]),
-        (Degrees(dp_shard=16), 8, ["data_parallel_shard_degree 16", "(8)", "data_parallel_shard_degree 8"]),
-        (Degrees(dp_shard=2, tp=2), 8, ["data_parallel_shard_degree 2 x tensor_parallel_degree 2", "(8)",
+        (ParallelDims(dp_replicate=3), 8, ["data_parallel_replicate_degree 3 does not", "(8)", "_replicate_degree 2 x"]),
+        (ParallelDims(dp_shard=16), 8, ["data_parallel_shard_degree 16", "(8)", "data_parallel_shard_degree 8"]),
+        (ParallelDims(dp_shard=2, tp=2), 8, ["data_parallel_shard_degree 2 x tensor_parallel_degree 2", "(8)",
                                         "tensor_parallel_degree 2 x data_parallel_shard_degree 4"]),
-        (Degrees(dp_shard=0), 8, ["data_parallel_shard_degree (0) must be at least 1"]),
-        (Degrees(tp=2, ep=3), 8, ["expert_parallel_degree (3)", "(8)", "[1, 2, 4, 8]"]),
+        (ParallelDims(dp_shard=0), 8, ["data_parallel_shard_degree (0) must be at least 1"]),
+        (ParallelDims(tp=2, ep=3), 8, ["expert_parallel_degree (3)", "(8)", "[1, 2, 4, 8]"]),
     ],
 )  # fmt: skip
 def test_layouts_that_do_not_fit_are_refused(degrees, world_size, parts):
@@ -54,7 +54,7 @@ def test_layouts_that_do_not_fit_are_refused(degrees, world_size, parts):
 def test_suggested_layouts_fit():
     """What a refusal suggests is itself accepted: every suggestion multiplies to the ranks."""
     for world_size in (1, 6, 8, 12, 64):
-        for layout in (Degrees(dp_replicate=5), Degrees(tp=7, pp=3), Degrees(dp_shard=5, cp=2)):
+        for layout in (ParallelDims(dp_replicate=5), ParallelDims(tp=7, pp=3), ParallelDims(dp_shard=5, cp=2)):
             with pytest.raises(ValueError) as error:
                 layout.resolve(world_size)
             for suggestion in str(error.value).split("these would fit: ")[1].rstrip(".").split("; "):
@@ -66,23 +66,23 @@ def test_suggested_layouts_fit():
 
 def _views():
     init_distributed("cpu", 60)
-    mesh = build_mesh(Degrees(dp_replicate=2, cp=2, tp=2, ep=4), "cpu", 8)
+    mesh = build_mesh(ParallelDims(dp_replicate=2, cp=2, tp=2, ep=4), "cpu", 8)
     members = {axis: dist.get_process_group_ranks(mesh.world[axis].get_group()) for axis in mesh.world.mesh_dim_names}
     members["fsdp"] = dist.get_process_group_ranks(mesh.dense["fsdp"].get_group())
     members["ep"] = dist.get_process_group_ranks(mesh.sparse["ep"].get_group())
     members["loss"] = dist.get_process_group_ranks(mesh.loss.get_group())
-    return members, mesh.batch_rank, mesh.batch_size
+    return members, mesh.dp_rank, mesh.dp_degree
 
 
 def test_views_of_eight_ranks():
     """dp_replicate 2 x cp 2 x tp 2: who is with whom on every axis and view, and who reads which samples."""
     views = run_ranks(8, _views)
-    members, batch_rank, batch_size = views[5]  # dp_replicate 1, dp_shard 0, cp 0, tp 1
+    members, dp_rank, batch_size = views[5]  # dp_replicate 1, dp_shard 0, cp 0, tp 1
     assert members == {
         "pp": [5], "dp_replicate": [1, 5], "dp_shard": [5], "cp": [5, 7], "tp": [4, 5],
         "fsdp": [5, 7], "ep": [4, 5, 6, 7], "loss": [1, 3, 5, 7],
     }  # fmt: skip
-    assert (batch_rank, batch_size) == (1, 2)
+    assert (dp_rank, batch_size) == (1, 2)
     assert [v[1] for v in views] == [0] * 4 + [1] * 4
 
 
@@ -128,12 +128,12 @@ def _initial_weights(shape: dict, degrees: dict):
     args = ModelArgs(**shape)
     with torch.device("meta"):
         model = Transformer(args)
-    mesh = build_mesh(Degrees(**degrees), "cpu", dist.get_world_size())
+    mesh = build_mesh(ParallelDims(**degrees), "cpu", dist.get_world_size())
     held = {}
-    for stage in split_into_stages(model, mesh.pp, schedule="Interleaved1F1B", stages_per_rank=0):
-        apply_tensor_parallel(stage, mesh.tp, seq_len=16, use_async=False)
+    for stage in parallelize_pipeline(model, mesh.pp, schedule="Interleaved1F1B", stages_per_rank=0):
+        parallelize_tensor(stage, mesh.tp, seq_len=16, use_async=False)
         precision = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        apply_fsdp(stage, mesh.data_parallel, **precision, reshard_after_forward=True, cpu_offload=False)
+        parallelize_data(stage, mesh.fsdp, **precision, reshard_after_forward=True, cpu_offload=False)
         stage.to_empty(device="cpu")
         init_weights(stage, args, seed=3)
         for name, p in stage.named_parameters():
@@ -143,7 +143,7 @@ def _initial_weights(shape: dict, degrees: dict):
 
 def test_initial_weights_do_not_depend_on_the_layout():
     """Bitwise equal on one rank, and sharded, cut and split: evenly, unevenly, and into fewer rows than ranks."""
-    shape = dict(dim=36, n_layers=4, n_heads=6, n_kv_heads=2, ffn_dim=50, vocab_size=62)
+    shape = dict(dim=36, n_layers=4, n_heads=6, n_kv_heads=2, hidden_dim=50, vocab_size=62)
     one = whole(run_ranks(1, _initial_weights, shape, {}))
     layouts = [
         (3, {}), (8, {}), (8, dict(dp_replicate=2)), (2, dict(tp=2)), (8, dict(tp=2)), (2, dict(pp=2)),

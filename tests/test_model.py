@@ -19,7 +19,7 @@ PUBLISHED = {  # Meta's model cards and Hugging Face's parameter counts
     "llama3_70b": 70_553_706_496,
     "llama3_405b": 405_853_388_800,
 }
-SMALL = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, ffn_dim=80, vocab_size=97)
+SMALL = dict(dim=48, n_layers=2, n_heads=6, n_kv_heads=2, hidden_dim=80, vocab_size=97)
 
 
 def build(dtype=torch.float64, **changes) -> Transformer:

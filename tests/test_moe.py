@@ -5,21 +5,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE_INDEX, ModelArgs, Transformer, further_tokens
+from model import IGNORE_INDEX, ModelArgs, Transformer, mtp_targets
 from model.moe import MoE, experts_grouped, experts_in_a_loop
 from model.rope import rope_cos_sin
 from model.transformer import FeedForward
 from parallelize import init_weights
 
-SHAPE = dict(dim=12, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=16, vocab_size=23, n_experts=8, moe_ffn_dim=6)
+SHAPE = dict(dim=12, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=16, vocab_size=23, n_experts=8, moe_hidden_dim=6)
 ROUTINGS = {
     "V3": dict(
-        n_experts_per_token=3, score_function="sigmoid", n_expert_groups=4, n_limited_groups=2, n_group_top=2,
-        normalize_scores=True, score_scale=2.5, expert_bias=True,
+        top_k=3, score_function="sigmoid", n_expert_groups=4, topk_group=2, n_group_topk=2,
+        route_norm=True, route_scale=2.5, expert_bias=True,
     ),
-    "V2": dict(n_experts_per_token=2, n_expert_groups=4, n_limited_groups=2, score_scale=16.0),
-    "plain": dict(n_experts_per_token=2, normalize_scores=True, expert_bias=True),
-    "one": dict(n_experts_per_token=1),
+    "V2": dict(top_k=2, n_expert_groups=4, topk_group=2, route_scale=16.0),
+    "plain": dict(top_k=2, route_norm=True, expert_bias=True),
+    "one": dict(top_k=1),
 }  # fmt: skip
 
 
@@ -32,9 +32,9 @@ def experts_of_token(scores: list[float], bias: list[float], args: ModelArgs) ->
     ranks = [s + b for s, b in zip(scores, bias, strict=True)]
     size = args.n_experts // args.n_expert_groups
     groups = [ranks[g * size : (g + 1) * size] for g in range(args.n_expert_groups)]
-    values = [sum(sorted(group)[-args.n_group_top :]) for group in groups]
-    allowed = [g * size + i for g in best(values, args.n_limited_groups) for i in range(size)]
-    return sorted(allowed, key=lambda e: -ranks[e])[: args.n_experts_per_token]
+    values = [sum(sorted(group)[-args.n_group_topk :]) for group in groups]
+    allowed = [g * size + i for g in best(values, args.topk_group) for i in range(size)]
+    return sorted(allowed, key=lambda e: -ranks[e])[: args.top_k]
 
 
 def reference(moe: MoE, x: torch.Tensor, args: ModelArgs, sequences: int) -> tuple[torch.Tensor, torch.Tensor, list]:
@@ -48,17 +48,17 @@ def reference(moe: MoE, x: torch.Tensor, args: ModelArgs, sequences: int) -> tup
             scores = logits.softmax(0) if args.score_function == "softmax" else logits.sigmoid()
             shares.append(scores / scores.sum())
             experts = experts_of_token(scores.tolist(), bias, args)
-            total = sum(scores[e] for e in experts) if args.normalize_scores else 1
+            total = sum(scores[e] for e in experts) if args.route_norm else 1
             y = moe.shared_experts(token)
             for e in experts:
                 chosen[e] += 1
                 w1, w2, w3 = (w[e] for w in (moe.experts.w1, moe.experts.w2, moe.experts.w3))
-                y = y + args.score_scale * scores[e] / total * ((F.silu(token @ w1) * (token @ w3)) @ w2)
+                y = y + args.route_scale * scores[e] / total * ((F.silu(token @ w1) * (token @ w3)) @ w2)
             results.append(y)
         ys.append(torch.stack(results))
         mean_share = sum(shares) / len(sequence)
         for e in range(args.n_experts):  # f_i = E / (K S) x the number of tokens that chose i
-            f = args.n_experts / (args.n_experts_per_token * len(sequence)) * chosen[e]
+            f = args.n_experts / (args.top_k * len(sequence)) * chosen[e]
             balance_loss = balance_loss + args.balance_loss_weight * f * mean_share[e] / sequences
         counts = [a + b for a, b in zip(counts, chosen, strict=True)]
     return torch.stack(ys), balance_loss, counts
@@ -90,8 +90,8 @@ def test_mixture_equals_a_loop_over_tokens(routing, balance_loss_weight):
 def test_groups_and_bias_by_hand():
     """Experts 0 and 2 score highest, but groups (0, 1), (2, 3), (4, 5) rank by the sums 1.1, 1.0 and 1.2 of score +
     bias: of the first and the last, experts 0 and 5 are taken, and weigh by what they score without it."""
-    groups = dict(n_expert_groups=3, n_limited_groups=2, n_group_top=2)
-    shape = SHAPE | dict(n_experts=6, n_experts_per_token=2, score_function="sigmoid", expert_bias=True)
+    groups = dict(n_expert_groups=3, topk_group=2, n_group_topk=2)
+    shape = SHAPE | dict(n_experts=6, top_k=2, score_function="sigmoid", expert_bias=True)
     moe = MoE(ModelArgs(**shape, **groups), None, 1).double()
     scores = torch.tensor([0.9, 0.2, 0.6, 0.4, 0.3, 0.5], dtype=torch.float64)
     moe.router.expert_bias.copy_(torch.tensor([0, 0, 0, 0, 0.1, 0.3]))
@@ -124,7 +124,7 @@ def test_what_is_float32_in_bfloat16():
 def test_balance_loss_by_hand():
     """Three of four tokens choose the first of two experts, whose mean share is 0.7: f = (1.5, 0.5), P = (0.7, 0.3),
     and f P = 1.2; balanced routing has 1, its least. Times the weight, over the step's sequences, for one of four."""
-    args = ModelArgs(**SHAPE | dict(n_experts=2, n_experts_per_token=1), balance_loss_weight=0.5)
+    args = ModelArgs(**SHAPE | dict(n_experts=2, top_k=1), balance_loss_weight=0.5)
     router = MoE(args, None, sequences_per_step=4).double().router
     shares = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.7, 0.3], [0.4, 0.6]], dtype=torch.float64)
     loss = router.balance_loss(shares * 3, torch.tensor([[3, 1]]))
@@ -151,7 +151,7 @@ def test_further_tokens_stay_in_their_document():
     tokens, ends = torch.randint(23, (3, 12)), torch.rand(3, 12) < 0.25
     following = torch.randint(23, (3, 1))  # the token behind the sequence is a label too
     labels = torch.cat((tokens[:, 1:], following), 1).masked_fill(ends, IGNORE_INDEX)
-    made = further_tokens(tokens, labels, depth=2)
+    made = mtp_targets(tokens, labels, depth=2)
     for b in range(3):
         for i in range(12):
             for k in (1, 2):
@@ -168,7 +168,7 @@ def test_loss_of_further_tokens(tied):
     """Its gradient, of every parameter, is that of cross entropy of token i + k + 1 from what depth k - 1 made of i and
     the embedding of i + k, by the main model's head: summed over valid labels, the mean over depths times its weight.
     The value that is returned is the main loss alone."""
-    args = ModelArgs(**SHAPE, n_experts_per_token=2, n_mtp_layers=2, mtp_loss_weight=0.3, tie_embeddings=tied)
+    args = ModelArgs(**SHAPE, top_k=2, n_mtp_layers=2, mtp_loss_weight=0.3, tie_embeddings=tied)
     model = Transformer(args).double()
     init_weights(model, args, seed=0)
     torch.manual_seed(0)
@@ -197,7 +197,7 @@ def test_loss_of_further_tokens(tied):
         both = (layer.enorm(model.tok_embeddings.weight[next_tokens]), layer.hnorm(h))
         h = layer.norm(layer.block(layer.eh_proj(torch.cat(both, -1)), cos, sin)[0])
         total = total + 0.3 / 2 * cross_entropy(h, targets)
-    loss = model(tokens, positions, labels, **further_tokens(tokens, labels, 2))
+    loss = model(tokens, positions, labels, **mtp_targets(tokens, labels, 2))
     torch.testing.assert_close(loss, main)
     names, parameters = zip(*model.named_parameters(), strict=True)
     ours, theirs = (torch.autograd.grad(value / 11, parameters) for value in (loss, total))

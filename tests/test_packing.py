@@ -5,15 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from layouts import V3
-from runs import TINY
+from helpers.layouts import V3
+from helpers.runs import TINY
 from test_data import BYTE
 
 from config import load_config
 from data import build_dataset
-from model import IGNORE_INDEX, Transformer, attention, further_tokens
+from model import IGNORE_INDEX, Transformer, attention, mtp_targets
 from model.attention import BlockMask, CoreAttention, DocumentMask
-from parallelize.context import PartOfDocumentMask
+from parallelize.context import CPDocumentMask
 from train import model_args_of
 
 WITHOUT_BALANCE = V3 | {"model.balance_loss_weight": "0", "model.n_mtp_layers": "2"}  # that loss is of whole sequences
@@ -63,7 +63,7 @@ def test_packed_equals_each_document_alone(settings, tmp_path):
     depth = whole.args.n_mtp_layers
 
     def train(model, batch):
-        inputs = batch | (further_tokens(batch["tokens"], batch["labels"], depth) if depth else {})
+        inputs = batch | (mtp_targets(batch["tokens"], batch["labels"], depth) if depth else {})
         loss = model(inputs.pop("tokens"), **inputs)
         loss.backward()
         return loss.item()
@@ -115,7 +115,7 @@ def test_blocks_are_the_same_mask(monkeypatch):
     q, k, v = (x.detach() for x in qkv)
     mesh = SimpleNamespace(size=lambda: 3, get_local_rank=lambda: 1)
     core = CoreAttention(scale=0.3)
-    for part in (DocumentMask(), PartOfDocumentMask(mesh, 48)):
+    for part in (DocumentMask(), CPDocumentMask(mesh, 48)):
         q_here = q[:, part.queries(48, q.device)]
         explicit, blocks = (part(documents, as_blocks) for as_blocks in (False, True))
         assert isinstance(blocks, BlockMask) and explicit.shape == (2, 1, q_here.size(1), 48)

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from layouts import GLOBAL_BATCH, LAYOUTS, MODELS, V2
-from ranks import run_ranks
-from runs import options, series, side_by_side, train_all, train_on, write_ragged_text
+from helpers.layouts import GLOBAL_BATCH, LAYOUTS, MODELS, V2
+from helpers.ranks import run_ranks
+from helpers.runs import options, series, side_by_side, train_all, train_on, write_ragged_text
 
 from model import ModelArgs, Transformer
-from parallelize import Degrees, build_mesh
-from parallelize.fsdp import apply_fsdp
-from training.distributed import init_distributed
+from parallelize import ParallelDims, build_mesh
+from parallelize.fsdp import parallelize_data
+from resilience.process_group import init_distributed
 
 BATCH_OF_RUNS = 4  # layouts that one set of processes trains: torch's caches stay warm, its process groups pile up
 DOCS = Path(__file__).parent.parent / "docs" / "layouts.md"
@@ -138,8 +138,8 @@ def test_layout(name, trained, references, proven):
 @pytest.mark.parametrize("dim, hidden_dim", [(46, 24), (46, 22)])
 def test_experts_that_ranks_cannot_share_evenly(dim, hidden_dim, text, tmp_path):
     """Fewer experts than ranks, and sizes of an expert that they cannot cut evenly: one of them, or none."""
-    model = V2 | options(model__dim=dim, model__moe_ffn_dim=hidden_dim, model__n_experts=3, model__n_expert_groups=1)
-    model |= options(model__n_limited_groups=1)
+    model = V2 | options(model__dim=dim, model__moe_hidden_dim=hidden_dim, model__n_experts=3, model__n_expert_groups=1)
+    model |= options(model__topk_group=1)
     reference = train_on(1, tmp_path / "1", text, model, options(training__local_batch_size=8))
     run = train_on(4, tmp_path / "4", text, model, options(training__local_batch_size=2))
     assert_equal_runs(run, reference)
@@ -164,12 +164,12 @@ def test_the_data_is_ragged(text, tmp_path):
 
 def _dtypes_under_mixed_precision():
     init_distributed("cpu", 60)
-    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+    args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
     model = Transformer(args)
-    mesh = build_mesh(Degrees(), "cpu", dist.get_world_size())
-    apply_fsdp(
+    mesh = build_mesh(ParallelDims(), "cpu", dist.get_world_size())
+    parallelize_data(
         model,
-        mesh.data_parallel,
+        mesh.fsdp,
         param_dtype=torch.bfloat16,
         reduce_dtype=torch.float32,
         reshard_after_forward=True,

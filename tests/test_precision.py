@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from layouts import V3
-from runs import options, series, side_by_side, train_all, write_ragged_text
+from helpers.layouts import V3
+from helpers.runs import options, series, side_by_side, train_all, write_ragged_text
 
 FLOAT32 = options(
     training__dtype="float32", training__mixed_precision_param="float32", training__mixed_precision_reduce="float32",
@@ -113,7 +113,7 @@ def test_compiled_mixture_in_bfloat16(text, tmp_path):
 
 
 FLOAT8 = options(  # sizes that float8 takes
-    float8__enable="true", float8__emulate="true", model__dim=64, model__ffn_dim=96, model__vocab_size=272,
+    float8__enable="true", float8__emulate="true", model__dim=64, model__hidden_dim=96, model__vocab_size=272,
 )  # fmt: skip
 SIZES = {name: value for name, value in FLOAT8.items() if name.startswith("model.")}
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from config import Config, load_config
 from model import Transformer, get_flavor, num_params
-from parallelize import build_mesh, split_into_stages
+from parallelize import build_mesh, parallelize_pipeline
 from parallelize.init import indices_at
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
@@ -48,7 +48,7 @@ def parameters_by_stage(config: Config, stages: int) -> list[dict[str, int]]:
     found = []
     for rank in range(stages):
         mesh = SimpleNamespace(size=lambda: stages, get_local_rank=lambda rank=rank: rank)
-        parts = split_into_stages(
+        parts = parallelize_pipeline(
             model,
             mesh,
             schedule=p.pipeline_parallel_schedule,
@@ -69,7 +69,7 @@ def _built_on(world_size: int, rank: int, recipe: str) -> dict[str, tuple]:
     config = load_config(["--job.config_file", recipe, *emulate])
     t = config.training
     mesh = build_mesh(train.degrees_of(config), "cpu", world_size)
-    at_once = t.local_batch_size * mesh.batch_size
+    at_once = t.local_batch_size * mesh.dp_degree
     assert t.global_batch_size == -1 or t.global_batch_size % at_once == 0, (world_size, at_once)
     args = train.model_args_of(config)
     assert t.seq_len <= args.max_seq_len

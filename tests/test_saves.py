@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from checkpoints import Checkpoints, on_rank_0
-from fault_table import fault
-from ranks import run_ranks
+from helpers.checkpoints import Checkpoints, on_rank_0
+from helpers.fault_table import fault
+from helpers.ranks import run_ranks
 
 import checkpoint.storage
 from checkpoint.safe_metadata import SafeReader
-from training.distributed import init_distributed
+from resilience.process_group import init_distributed
 
 # ------------------------------------------------------------------------------------------------ saves that fail
 

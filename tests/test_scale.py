@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from test_recipes import parameters_by_stage
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -71,7 +71,7 @@ def _check_places(rank: int) -> tuple[set[str], dict[str, list[int]]]:
                 assert [len(r) for r in rest] == list(others), (name, place)
             assert torch.cat([first for first, *_ in everywhere]).sort().values.tolist() == list(range(len(p))), name
             checked.add(kind)
-    axes = dict(pp=mesh.pp, fsdp=mesh.data_parallel, ep=mesh.ep, efsdp=mesh.expert_data_parallel, tokens=mesh.tokens)
+    axes = dict(pp=mesh.pp, fsdp=mesh.fsdp, ep=mesh.ep, efsdp=mesh.efsdp, tokens=mesh.tokens)
     names = {name for name, _ in stage.named_parameters()}
     return names, {axis: dist.get_process_group_ranks(m.get_group()) for axis, m in axes.items()}
 
@@ -117,7 +117,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
     seen = dict(experts=[], gradients={}, counted=[])
     without_memory = ExitStack()
-    real = dict(vars(train)) | dict(experts_grouped=moe.experts_grouped, update=train.ExpertBalance.update)
+    real = dict(vars(train)) | dict(experts_grouped=moe.experts_grouped, update=train.ExpertLoadBalancer.update)
 
     def init_distributed(*_):
         start_fake(rank)
@@ -147,7 +147,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
     def to_lists(sent, received):
         assert sent.shape == received.shape == (EP,)
-        rows = config.training.seq_len * ARGS.n_experts_per_token // EP
+        rows = config.training.seq_len * ARGS.top_k // EP
         return [rows] * EP, [rows] * EP
 
     def experts_grouped(rows, counts, *weights):
@@ -177,7 +177,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
     config = load_config(arguments)
     replaced = {
         train: (init_distributed, build_stages, build_forward_backward, build_optimizer, clip_grad_norm),
-        train.ExpertBalance: (update,),
+        train.ExpertLoadBalancer: (update,),
         moe: (experts_grouped,),
         expert: (to_lists,),
         dist: (all_gather_object,),
@@ -206,8 +206,8 @@ def test_one_step(rank, tmp_path):
     # Rows as many as it sends away, for the experts of its ep rank, gathered over efsdp; once more when recomputed.
     mixtures = [i for i in range(sum(LAYERS[:stage]), sum(LAYERS[: stage + 1])) if i >= ARGS.n_dense_layers]
     mixtures += [ARGS.n_layers] if is_last else []  # the block of multi-token prediction
-    n, d, f = ARGS.n_experts // EP, ARGS.dim, ARGS.moe_ffn_dim
-    rows = (4096 * ARGS.n_experts_per_token, d)
+    n, d, f = ARGS.n_experts // EP, ARGS.dim, ARGS.moe_hidden_dim
+    rows = (4096 * ARGS.top_k, d)
     assert seen["experts"] == [[rows, (n,), (n, d, f), (n, f, d), (n, d, f)]] * (2 * len(mixtures))
     assert seen["counted"] == mixtures
     assert set(seen["gradients"].values()) == {(True, torch.float32)}

@@ -11,8 +11,8 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT
-from fault_table import fault
-from runs import TINY, argv, run_command
+from helpers.fault_table import fault
+from helpers.runs import TINY, argv, run_command
 from test_data import BYTE
 
 from data import build_dataset, build_loader, build_tokenizer

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 from conftest import ROOT
-from ranks import free_port
-from runs import TINY, argv, options, write_ragged_text
+from helpers.ranks import free_port
+from helpers.runs import TINY, argv, options, write_ragged_text
 
 SRUN = """#!/usr/bin/env bash
 # One node: what follows srun's own options, in its place.

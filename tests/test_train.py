@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import TINY, argv, options, read_metrics, run_command, write_ragged_text
+from helpers.runs import TINY, argv, options, read_metrics, run_command, write_ragged_text
 
 SAVE = options(checkpoint__enable="true", checkpoint__interval="5", training__local_batch_size="1")
 
@@ -234,8 +234,8 @@ def test_a_mistake_is_one_line(settings, message, text, tmp_path):
 def test_checkpoint_of_another_model(text, tmp_path):
     """The differing sizes are named; so is a dtype that would be cast in silence."""
     trained(1, tmp_path, text, SAVE, options(training__steps="1"))
-    line = refused(2, tmp_path, text, SAVE, options(model__ffn_dim="64", model__n_layers="3"))
-    assert "checkpoint of another model: n_layers is 2 there, 3 here; ffn_dim is 60 there, 64 here" in line
+    line = refused(2, tmp_path, text, SAVE, options(model__hidden_dim="64", model__n_layers="3"))
+    assert "checkpoint of another model: n_layers is 2 there, 3 here; hidden_dim is 60 there, 64 here" in line
     line = refused(2, tmp_path, text, SAVE, options(training__dtype="float32"))
     assert "stored as torch.float64, this run has torch.float32" in line
 
@@ -252,7 +252,7 @@ def test_changed_data_is_noticed(text, tmp_path):
 def test_an_unexpected_error_keeps_its_traceback():
     """Only errors that are raised on purpose are cut to a line: a bug in a library must stay debuggable."""
     program = (
-        "from training.distributed import clean_exit\nimport torch\n"
+        "from resilience.process_group import clean_exit\nimport torch\n"
         "with clean_exit():\n    torch.optim.SGD([], lr=1)\n"  # a ValueError of torch's
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

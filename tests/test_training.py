@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import run_ranks
+from helpers.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import IGNORE_INDEX, ModelArgs, Transformer
 from model.head import HeadCore
-from training.distributed import init_distributed, require_equal_on_all_ranks
-from training.health import LossSpikes
+from resilience.health import LossSpikes
+from resilience.process_group import init_distributed, require_equal_on_all_ranks
 from training.lr_schedule import learning_rate
 from training.metrics import PEAK_FLOPS
 from training.optimizer import build_optimizer, clip_grad_norm
@@ -52,7 +52,7 @@ def test_sqrt_and_constant():
 
 def test_only_matrices_are_decayed():
     """Norms never, the embedding as asked, a tied head with its embedding; every parameter in exactly one group."""
-    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, vocab_size=64)
+    shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
     options = dict(name="AdamW", lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for tied in (False, True):
         model = Transformer(ModelArgs(**shape, tie_embeddings=tied))

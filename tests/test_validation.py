@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from layouts import layout
-from runs import TINY, argv, options, run_command, series, train_all, train_on, write_ragged_text
+from helpers.layouts import layout
+from helpers.runs import TINY, argv, options, run_command, series, train_all, train_on, write_ragged_text
 from test_data import BYTE, text_dataset
 
 from config import load_config

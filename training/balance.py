@@ -4,7 +4,7 @@ Balancing without a loss (Wang et al. 2024, arXiv:2408.15664; DeepSeek-V3, arXiv
 that got more tokens than the mean in this step loses a little of its bias, one that got fewer gains as much. The bias
 decides which experts are chosen and nothing else, so it has no gradient.
 
-Proof: tests/test_balance.py, drawn by scripts/plot_balance.py; the bytes: tests/test_communication_of_mixtures.py.
+Proof: tests/test_balance.py, drawn by benchmarks/plot_balance.py; the bytes: tests/test_communication_of_mixtures.py.
 """
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 IDLE = 0.1  # an expert with less than this part of its fair share is idle; with half of them idle, routing collapses
 
 
-class ExpertBalance:
+class ExpertLoadBalancer:
     """The routers of this rank's stages. Every method but `forget` is a collective; all do nothing in a
     dense model.
 
@@ -28,7 +28,9 @@ class ExpertBalance:
         self.tokens, self.pp = tokens, pp
         args = stages[0].args
         self.has_bias = args.expert_bias
-        self.layers = [i for i in range(args.n_layers + args.n_mtp_layers) if args.is_mixture(i)]  # of the whole model
+        self.layers = [
+            i for i in range(args.n_layers + args.n_mtp_layers) if args.is_moe_layer(i)
+        ]  # of the whole model
         self.routers = {
             number: block.moe.router
             for stage in stages

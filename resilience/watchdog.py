@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 
-from parallelize.compat import default_store
+from torch_private import default_store
 
 FAILURE = "nano_train/failure"
 NCCL_FILE = "TORCH_FR_DUMP_TEMP_FILE"  # where NCCL writes, to which it adds the rank's number
@@ -38,7 +38,7 @@ def record_nccl(dump_folder: str) -> None:
 
 
 class Watchdog(threading.Thread):
-    """Make it after `record_nccl` and StopSignals (it hands SIGTERM on), stop it before the process group ends."""
+    """Make it after `record_nccl` and Preemption (it hands SIGTERM on), stop it before the process group ends."""
 
     def __init__(self, dump_folder: str, rank: int):
         super().__init__(name="watchdog", daemon=True)

@@ -8,6 +8,8 @@ import time
 import torch
 import torch.distributed as dist
 
+from errors import ConfigError
+
 WAIT_SECONDS = 5  # a killed run's process may take a moment to go, and its restart may be quicker
 
 
@@ -26,7 +28,7 @@ class FolderLock:
         refused = torch.tensor(int(refusal is not None))
         dist.all_reduce(refused)
         if refused:
-            raise ValueError(refusal or f"job.dump_folder {folder} was refused to rank 0.")
+            raise ConfigError(refusal or f"job.dump_folder {folder} was refused to rank 0.")
 
     def _take(self, folder: str) -> str | None:
         os.makedirs(folder, exist_ok=True)

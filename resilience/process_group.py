@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.watchdog import POLL_SECONDS, Watchdog, running_watchdog
+from errors import ConfigError
+from resilience.watchdog import POLL_SECONDS, Watchdog, running_watchdog
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OUT_OF_MEMORY = (  # where it is no OutOfMemoryError; the last: what the allocator does not ask for, as kernels' own
@@ -40,7 +41,7 @@ def init_distributed(device: str, timeout_seconds: int) -> torch.device:
     if device == "cuda":
         local_rank, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local_rank >= num_gpus:
-            raise ValueError(
+            raise ConfigError(
                 f"this machine has {num_gpus} GPUs, but local rank {local_rank} needs one of its own; start at most "
                 f"{num_gpus} processes a machine, or add --job.device cpu."
             )
@@ -105,7 +106,7 @@ def require_equal_on_all_ranks(**values: str) -> None:
     for name, value in values.items():
         others = [r for r, theirs in enumerate(everywhere) if theirs[name] != value]
         if others:
-            raise ValueError(f"{name} differs between ranks: {dist.get_rank()} and {others}; give all the same.")
+            raise ConfigError(f"{name} differs between ranks: {dist.get_rank()} and {others}; give all the same.")
 
 
 @contextmanager

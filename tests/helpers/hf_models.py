@@ -14,8 +14,8 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.llama import modeling_llama
 
-from checkpoint import load_hf, model_args_of_folder
 from checkpoint.manifest import write_manifest
+from hf import load_hf, model_args_of_folder
 from model import ModelArgs, Transformer
 from model.rope import rope_frequencies
 

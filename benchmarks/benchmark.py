@@ -1,7 +1,7 @@
 """Is the trainer as fast as a plain PyTorch loop over the same model? Runs both in turn, and prints a table.
 
-    python scripts/benchmark.py                                  debug and 125M models, 1 and 2 processes, five pairs
-    python scripts/benchmark.py --models llama3_debug --pairs 3 --processes 1
+    python benchmarks/benchmark.py                                  debug and 125M models, 1 and 2 processes, five pairs
+    python benchmarks/benchmark.py --models llama3_debug --pairs 3 --processes 1
 
 Each run is a process of its own: `train.py` as a user starts it, with its data, FSDP2, gradient norm and logging,
 against `plain_loop` below, which has random tokens, fused AdamW, torch's own clipping, no data, no logging and no FSDP;

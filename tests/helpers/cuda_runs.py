@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from ranks import run_ranks
-from runs import argv, options, read_metrics
+
+from helpers.ranks import run_ranks
+from helpers.runs import argv, options, read_metrics
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 SMALL = {  # sizes that float8's and attention's kernels take
     "job.device": "cuda", "model.dim": "256", "model.n_layers": "2", "model.n_heads": "4", "model.n_kv_heads": "2",
-    "model.ffn_dim": "512", "model.vocab_size": "272", "data.dataset": "text", "data.path": str(ROOT / "tests/*.py"),
+    "model.hidden_dim": "512", "model.vocab_size": "272", "data.dataset": "text", "data.path": str(ROOT / "tests/*.py"),
     "data.tokenizer": "byte", "training.seq_len": "256", "training.local_batch_size": "8", "training.steps": "30",
     "optimizer.lr": "0.001", "lr_scheduler.warmup_steps": "5", "metrics.log_freq": "1",
 }  # fmt: skip
@@ -24,8 +25,8 @@ COMPILE = options(compile__enable="true")
 MIXTURE = {  # sizes that the grouped product takes
     "model.attention": "mla", "model.n_kv_heads": "4", "model.q_lora_rank": "64", "model.kv_lora_rank": "64",
     "model.qk_nope_head_dim": "64", "model.qk_rope_head_dim": "32", "model.v_head_dim": "64", "model.n_experts": "8",
-    "model.n_experts_per_token": "2", "model.n_shared_experts": "1", "model.moe_ffn_dim": "128",
-    "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.normalize_scores": "true",
+    "model.top_k": "2", "model.n_shared_experts": "1", "model.moe_hidden_dim": "128",
+    "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.route_norm": "true",
     "model.expert_bias": "true", "model.balance_loss_weight": "0.001", "model.n_mtp_layers": "1",
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Trains the debug model in eight layouts on the CPU and draws their losses on top of each other.
 
-    python scripts/plot_layouts.py [--steps 200]        writes docs/layouts.png; needs matplotlib
+    python benchmarks/plot_layouts.py [--steps 200]        writes docs/layouts.png; needs matplotlib
 
 In float64, so that what the layouts do differently, the order of their sums, stays as small as it is. (In float32 Adam
 makes a whole step of a rounding's sign, and after 200 steps losses are some 1e-3 apart.)

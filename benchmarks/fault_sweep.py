@@ -1,6 +1,6 @@
 """Kills small runs at random moments, many times, and checks that each of them goes on as if nothing had been:
 
-    python scripts/fault_sweep.py --kills 120
+    python benchmarks/fault_sweep.py --kills 120
 
 A trial is one run of 12 steps on 2 CPU ranks, with a checkpoint every second step, that is killed (SIGKILL, one rank or
 all) up to five times and started again until it is done. Then its losses and gradient norms must equal those of a run
@@ -27,8 +27,8 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "tests"))
 
 import torch  # noqa: E402
-from faults import exit_codes, start  # noqa: E402
-from runs import TINY, argv, options, read_metrics, write_ragged_text  # noqa: E402
+from helpers.faults import exit_codes, start  # noqa: E402
+from helpers.runs import TINY, argv, options, read_metrics, write_ragged_text  # noqa: E402
 
 STEPS, INTERVAL, RANKS, KILLS_A_RUN = 12, 2, 2, 5
 GRACE_SECONDS = 30  # as torchrun's, for the ranks that are left

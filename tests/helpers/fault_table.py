@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parent.parent.parent / "docs"
 MODULES = ("test_faults", "test_damaged_checkpoints", "test_saves", "test_shards")
 STALLS = DOCS / "save_stall.txt"
 
@@ -76,7 +76,7 @@ Each test injects the faults of its lines, and its docstring says what must foll
 
 ## Killed again and again
 
-`python scripts/fault_sweep.py` on {sweep["date"]}, torch {sweep["torch"]}: {sweep["kills"]} kills (SIGKILL) at random
+`python benchmarks/fault_sweep.py` on {sweep["date"]}, torch {sweep["torch"]}: {sweep["kills"]} kills (SIGKILL) at random
 moments of {sweep["runs"]} runs on {sweep["ranks"]} CPU ranks. Every start resumed from the newest complete checkpoint,
 and the losses and gradient norms of every run equal those of one that was left alone, to the last bit.
 
@@ -106,7 +106,7 @@ torchrun itself ends with 1 in the last two cases. It leaves ranks 30 s to save 
 ## What a save costs
 
 Seconds for which training stands still for a save, against the time until the checkpoint is complete
-(`scripts/save_stall.py`; "disabled": synchronous):
+(`benchmarks/save_stall.py`; "disabled": synchronous):
 
 {STALLS.read_text().rstrip()}
 """

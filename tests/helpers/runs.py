@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch.distributed.tensor import DTensor
+
+from helpers.ranks import run_ranks
 
 # Sizes that 4 tensor-parallel ranks can share, but that FSDP cannot cut evenly in 4 or 8, before or after that.
 TINY = {
-    "model.dim": "48", "model.n_layers": "2", "model.n_heads": "8", "model.n_kv_heads": "4", "model.ffn_dim": "60",
+    "model.dim": "48", "model.n_layers": "2", "model.n_heads": "8", "model.n_kv_heads": "4", "model.hidden_dim": "60",
     "model.vocab_size": "268", "data.dataset": "text", "data.tokenizer": "byte", "training.seq_len": "32",
     "training.dtype": "float64", "training.mixed_precision_param": "float64",
     "training.mixed_precision_reduce": "float64", "training.global_batch_size": "8", "training.steps": "3",
@@ -82,14 +83,14 @@ def record_run(arguments: list[str]) -> dict:
         experts.append({layer: share.clone() for layer, share in self.shares.items()})
         biases.update(self.biases)
 
-    update = train.ExpertBalance.update
+    update = train.ExpertLoadBalancer.update
 
     torch.compiler.reset()  # a graph of an earlier layout must not be taken for this one
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_optimizer", recording_build)
         patch.setattr(train, "clip_grad_norm", recording_clip)
         patch.setattr(train, "count_valid_tokens", recording_count)
-        patch.setattr(train.ExpertBalance, "update", recording_update)
+        patch.setattr(train.ExpertLoadBalancer, "update", recording_update)
         train.main(load_config(arguments))
     weights = {name: held(p) for name, p in parameters.items()}
     logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how full_tensor does it
@@ -185,7 +186,7 @@ def _command(arguments: list[str], output: str, stop_after: int | None) -> None:
     step after which the run breaks off, once it has saved what it saves there."""
     import train
     from config import load_config
-    from training.distributed import clean_exit
+    from resilience.process_group import clean_exit
 
     maybe_save = train.CheckpointManager.maybe_save
 

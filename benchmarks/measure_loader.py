@@ -1,7 +1,7 @@
 """How many tokens a second a rank's loader gives, by the number of its worker processes.
 
-    python scripts/measure_loader.py                              a made-up corpus of 1 GB, in the file system's cache
-    python scripts/measure_loader.py --path corpora/mine          one that scripts/prepare_data.py has made
+    python benchmarks/measure_loader.py                              a made-up corpus of 1 GB, in the file system's cache
+    python benchmarks/measure_loader.py --path corpora/mine          one that scripts/prepare_data.py has made
 
 A GPU that trains Llama 3.1 8B needs about 12,000 tokens a second of it, the eight of a machine 96,000 from its eight
 loaders.

@@ -1,7 +1,7 @@
 """What the parallelisms cost beside their communication: CPU time of a step on a process group that sends nothing.
 
-    python scripts/eager_cost.py                                       a table of layouts
-    python scripts/eager_cost.py --profile "tensor_parallel_degree 2"  the functions of one
+    python benchmarks/eager_cost.py                                       a table of layouts
+    python benchmarks/eager_cost.py --profile "tensor_parallel_degree 2"  the functions of one
 
 One process runs rank 0's part of the debug-sized model, eager, with one thread, so what a layout takes longer than one
 process does is Python's and DTensor's bookkeeping (it also computes less).
@@ -34,7 +34,7 @@ def settings(layout: str, folder: str) -> list[str]:
     given = {f"parallelism.{key}": value for key, value in zip(words[::2], words[1::2], strict=True)}
     given |= {
         "job.device": "cpu", "job.dump_folder": f"{folder}/run", "data.cache_folder": f"{ROOT}/outputs/cache",
-        "model.dim": 64, "model.n_layers": 3, "model.ffn_dim": 96, "training.steps": STEPS, "training.seq_len": 32,
+        "model.dim": 64, "model.n_layers": 3, "model.hidden_dim": 96, "training.steps": STEPS, "training.seq_len": 32,
         "training.local_batch_size": 2, "training.mixed_precision_param": "float32", "data.num_workers": 0,
     }  # fmt: skip
     return [f"--{key}={value}" for key, value in given.items()]

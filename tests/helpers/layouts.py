@@ -17,22 +17,22 @@ GLOBAL_BATCH = 8  # sequences a step
 V3 = {
     "model.attention": "mla", "model.n_kv_heads": "8", "model.q_lora_rank": "24", "model.kv_lora_rank": "16",
     "model.qk_nope_head_dim": "8", "model.qk_rope_head_dim": "4", "model.v_head_dim": "6", "model.n_experts": "8",
-    "model.n_experts_per_token": "3", "model.n_shared_experts": "1", "model.moe_ffn_dim": "24",
+    "model.top_k": "3", "model.n_shared_experts": "1", "model.moe_hidden_dim": "24",
     "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.n_expert_groups": "4",
-    "model.n_limited_groups": "2", "model.n_group_top": "2", "model.normalize_scores": "true",
-    "model.score_scale": "2.5", "model.expert_bias": "true", "model.expert_bias_speed": "0.01",
+    "model.topk_group": "2", "model.n_group_topk": "2", "model.route_norm": "true",
+    "model.route_scale": "2.5", "model.expert_bias": "true", "model.expert_bias_speed": "0.01",
     "model.balance_loss_weight": "0.01", "model.n_mtp_layers": "1",
 }  # fmt: skip
 # V2's: no compression of queries, softmax, groups ranked by their best; YaRN; and fewer experts than ranks may be.
 V2 = V3 | {
-    "model.q_lora_rank": "0", "model.score_function": "softmax", "model.n_group_top": "1", "model.n_experts": "4",
-    "model.n_experts_per_token": "2", "model.normalize_scores": "false", "model.score_scale": "1.0",
+    "model.q_lora_rank": "0", "model.score_function": "softmax", "model.n_group_topk": "1", "model.n_experts": "4",
+    "model.top_k": "2", "model.route_norm": "false", "model.route_scale": "1.0",
     "model.expert_bias": "false", "model.n_mtp_layers": "0", "model.rope_scaling": "yarn",
     "model.rope_original_seq_len": "16", "model.rope_mscale_all_dim": "0.7",
 }  # fmt: skip
 # Grouped queries, no dense block, no shared expert, tied, and two further tokens.
 OTHER = {
-    "model.n_experts": "8", "model.n_experts_per_token": "2", "model.moe_ffn_dim": "24", "model.n_mtp_layers": "2",
+    "model.n_experts": "8", "model.top_k": "2", "model.moe_hidden_dim": "24", "model.n_mtp_layers": "2",
     "model.tie_embeddings": "true", "model.balance_loss_weight": "0.01",
 }  # fmt: skip
 MODELS = {  # what is trained; the reference is one process, all eight sequences at once

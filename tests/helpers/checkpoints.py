@@ -12,17 +12,17 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from checkpoint import CheckpointManager, TrainedState
+from checkpoint import CheckpointManager, ModelState
 from checkpoint.manifest import STATE, write_manifest
 from model import ModelArgs, Transformer
-from parallelize import Degrees, build_mesh
+from parallelize import ParallelDims, build_mesh
 
 
 class Checkpoints:
     """On each rank: a sharded and a replicated parameter and AdamW, and a manager. A value says which step it is of."""
 
     def __init__(self, folder: Path, **settings):
-        mesh = build_mesh(Degrees(), "cpu", dist.get_world_size()).data_parallel
+        mesh = build_mesh(ParallelDims(), "cpu", dist.get_world_size()).data_parallel
         generator = torch.Generator().manual_seed(0)
         self.parameters = {
             name: nn.Parameter(distribute_tensor(torch.randn(shape, generator=generator), mesh, [placement]))
@@ -39,7 +39,7 @@ class Checkpoints:
         )
         self.manager = CheckpointManager(
             str(folder),
-            trained=TrainedState(self.parameters, {"expert_bias": self.bias}, optimizer, ModelArgs()),
+            trained=ModelState(self.parameters, {"expert_bias": self.bias}, optimizer, ModelArgs()),
             **(default | settings),
         )
 
@@ -90,7 +90,7 @@ def on_rank_0(do) -> None:
 
 def whole_model(folder: Path) -> str:
     """A checkpoint of a small model, written by one process."""
-    args, path = ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, ffn_dim=16, vocab_size=32), folder / "step-1"
+    args, path = ModelArgs(dim=16, n_layers=1, n_heads=2, n_kv_heads=2, hidden_dim=16, vocab_size=32), folder / "step-1"
     tensors = {f"model.{name}": t.detach() for name, t in Transformer(args).named_parameters()}
     dcp.save(tensors, checkpoint_id=path, no_dist=True)
     (path / STATE).write_text(json.dumps(dict(step=1, model_args=vars(args))))

@@ -21,7 +21,7 @@ from model import ModelArgs, num_params
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
-# What a block keeps for backward, in bytes a token in bfloat16, as multiples of dim, n_kv_heads x head_dim, ffn_dim and
+# What a block keeps for backward, in bytes a token in bfloat16, as multiples of dim, n_kv_heads x head_dim, hidden_dim and
 # n_heads; parallelize/activation.py explains the first three. Compiled, silu(w1 x) is not kept; in float8 neither are
 # the norms' results and the product that goes into w2, which are cast in any case. (Found in the graphs that inductor
 # makes, on torch 2.11 and 2.13; two float32 numbers of the norms come on top.)
@@ -59,9 +59,9 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
     activations = args.n_layers * kept + outside
     # The largest gradients of a block's activations are those of w1's and w3's results and of their product; of experts
     # also those of the rows that go in and come out.
-    largest = 3 * args.ffn_dim
+    largest = 3 * args.hidden_dim
     if args.n_experts:
-        largest = args.n_experts_per_token * (3 * args.moe_ffn_dim + 2 * args.dim)
+        largest = args.top_k * (3 * args.moe_hidden_dim + 2 * args.dim)
     backward = 2 * stream + c * largest * tokens + (whole - kept)
 
     chunk = min(training.loss_chunk_size or tokens, tokens)
@@ -129,7 +129,7 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
 
 def _block_activations(args: ModelArgs, config: Config) -> tuple[float, float]:
     """Bytes per token that a block's backward needs, and that are kept for it; the rest is recomputed."""
-    sizes = (args.dim, args.n_kv_heads * args.head_dim, args.ffn_dim, args.n_heads)
+    sizes = (args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim, args.n_heads)
     factor = BYTES[config.training.mixed_precision_param] / 2
 
     def per_token(name: str) -> float:
@@ -162,7 +162,7 @@ def _latent_block(args: ModelArgs, layer: int) -> float:
     heads = args.n_heads * (2 * args.head_dim + args.qk_nope_head_dim + 2 * args.v_head_dim)
     latents = 2 * (args.q_lora_rank + args.kv_lora_rank) + args.qk_rope_head_dim
     kept = 2 * (4 * args.dim + heads + latents) + 4 * args.n_heads + 8
-    if not args.is_mixture(layer):
-        return kept + 6 * args.ffn_dim
-    experts = args.n_experts_per_token * (4 * args.dim + 6 * args.moe_ffn_dim)
-    return kept + experts + 6 * args.n_shared_experts * args.moe_ffn_dim + 4 * args.n_experts
+    if not args.is_moe_layer(layer):
+        return kept + 6 * args.hidden_dim
+    experts = args.top_k * (4 * args.dim + 6 * args.moe_hidden_dim)
+    return kept + experts + 6 * args.n_shared_experts * args.moe_hidden_dim + 4 * args.n_experts

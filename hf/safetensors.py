@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoint.manifest import is_plain_name
+from errors import ConfigError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -27,9 +28,9 @@ def read_json(path: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             return json.load(file)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}.") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}.") from None
+        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
 
 
 class TensorReader:
@@ -43,11 +44,11 @@ class TensorReader:
             self.file_of = read_json(index)["weight_map"]
             for file in self.file_of.values():
                 if not is_plain_name(file):
-                    raise ValueError(f'{index} names "{file}", which is not a file in its folder.')
+                    raise ConfigError(f'{index} names "{file}", which is not a file in its folder.')
         elif os.path.isfile(os.path.join(folder, SINGLE)):
             self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
-            raise ValueError(f"{folder} has neither {INDEX} nor {SINGLE}.")
+            raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}.")
         self.block = self._read_block_size()
 
     def _read_block_size(self) -> tuple[int, int]:
@@ -56,7 +57,7 @@ class TensorReader:
         if quantization is None:
             return 128, 128
         if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
-            raise ValueError(
+            raise ConfigError(
                 f'{self.folder}: quantised by {json.dumps(quantization)}; only "fp8" in blocks (weight_block_size) is '
                 "supported."
             )
@@ -73,7 +74,7 @@ class TensorReader:
         if values.dtype == torch.float8_e4m3fn:
             values = self._dequantised(name, values, box)
         elif values.dtype not in DTYPES:
-            raise ValueError(f"{self.folder}: {name} is stored as {values.dtype}, which stands for no known values.")
+            raise ConfigError(f"{self.folder}: {name} is stored as {values.dtype}, which stands for no known values.")
         for dim, ((first, end), index) in enumerate(zip(box, indices, strict=True)):
             if not torch.equal(index, torch.arange(first, end)):
                 values = values.index_select(dim, index - first)
@@ -84,7 +85,7 @@ class TensorReader:
         `weight_dequant` of its reference code)."""
         scale_name = f"{name}_scale_inv"
         if scale_name not in self.file_of:
-            raise ValueError(f"{self.folder}: {name} is in float8, but there is no {scale_name}.")
+            raise ConfigError(f"{self.folder}: {name} is in float8, but there is no {scale_name}.")
         blocks = [(first // size, (end - 1) // size + 1) for (first, end), size in zip(box, self.block, strict=True)]
         scale = self._slice(scale_name)[tuple(slice(*bounds) for bounds in blocks)].to(torch.float32)
         for dim, ((first, end), size) in enumerate(zip(box, self.block, strict=True)):
@@ -95,7 +96,7 @@ class TensorReader:
         try:
             return self._open(self.file_of[name]).get_slice(name)
         except SafetensorError as error:
-            raise ValueError(f"{self.folder}: {name} is not in {self.file_of[name]}: {error}.") from None
+            raise ConfigError(f"{self.folder}: {name} is not in {self.file_of[name]}: {error}.") from None
 
     def _open(self, file: str):
         if file not in self._open_files:
@@ -103,7 +104,7 @@ class TensorReader:
             try:
                 self._open_files[file] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise ValueError(f"cannot read {path}: {error}.") from None
+                raise ConfigError(f"cannot read {path}: {error}.") from None
         return self._open_files[file]
 
 

@@ -17,11 +17,12 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
-from runs import TINY, argv, options, write_ragged_text
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._pytree import tree_leaves
+
+from helpers.ranks import run_ranks
+from helpers.runs import TINY, argv, options, write_ragged_text
 
 MIXED = options(
     training__dtype="float32", training__mixed_precision_param="bfloat16", training__mixed_precision_reduce="float32"
@@ -146,7 +147,7 @@ def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
         return lists
 
     def choose_in_turn(self, scores):
-        tokens, k = len(scores), self.args.n_experts_per_token
+        tokens, k = len(scores), self.args.top_k
         return torch.arange(tokens * k).view(tokens, k) % self.args.n_experts
 
     def all_send_the_same(output, input, **kwargs):
@@ -193,7 +194,7 @@ def require(traffic: Traffic, *formulas: Counter) -> None:
 
 
 def as_messages(formula: Counter, N: int) -> Counter:
-    """parallelize/gloo.py: in each all-gather and reduce-scatter a message to, and one from, every other rank."""
+    """training/gloo.py: in each all-gather and reduce-scatter a message to, and one from, every other rank."""
     result = Counter()
     for (_, axis, size), count in formula.items():
         for kind in ("send", "receive"):

@@ -13,7 +13,7 @@ EXIT_PREEMPTED = 75  # sysexits.h's EX_TEMPFAIL, "try again later": saved after 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1)
 
 
-class StopSignals:
+class Preemption:
     """From its making on, the two signals no longer end this process: `answer` says what it should do about them."""
 
     def __init__(self):

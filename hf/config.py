@@ -11,7 +11,8 @@ import os
 from dataclasses import fields
 from typing import Any
 
-from checkpoint.hf_files import read_json
+from errors import ConfigError
+from hf.safetensors import read_json
 from model.args import ModelArgs
 
 LLAMA, DEEPSEEK_V2, DEEPSEEK_V3 = "LlamaForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
@@ -21,7 +22,7 @@ NAMES = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads",
-    "intermediate_size": "ffn_dim",
+    "intermediate_size": "hidden_dim",
     "vocab_size": "vocab_size",
     "max_position_embeddings": "max_seq_len",
     "rms_norm_eps": "norm_eps",
@@ -35,14 +36,14 @@ DEEPSEEK_NAMES = {
     "qk_rope_head_dim": "qk_rope_head_dim",
     "v_head_dim": "v_head_dim",
     "n_routed_experts": "n_experts",
-    "num_experts_per_tok": "n_experts_per_token",
+    "num_experts_per_tok": "top_k",
     "n_shared_experts": "n_shared_experts",
-    "moe_intermediate_size": "moe_ffn_dim",
+    "moe_intermediate_size": "moe_hidden_dim",
     "first_k_dense_replace": "n_dense_layers",
     "n_group": "n_expert_groups",
-    "topk_group": "n_limited_groups",
-    "norm_topk_prob": "normalize_scores",
-    "routed_scaling_factor": "score_scale",
+    "topk_group": "topk_group",
+    "norm_topk_prob": "route_norm",
+    "routed_scaling_factor": "route_scale",
     "num_nextn_predict_layers": "n_mtp_layers",
 }
 # What a file may leave out (or have null), with the meaning of that.
@@ -77,14 +78,14 @@ class ConfigFile:
     def __getitem__(self, name: str) -> Any:
         value = self.get(name, DEFAULTS.get(name))
         if value is None:
-            raise ValueError(f"{self.path} has no {name}.")
+            raise ConfigError(f"{self.path} has no {name}.")
         return value
 
     def require(self, name: str, *allowed: Any, default: Any) -> Any:
         value = self.get(name, default)
         if value not in allowed:
             known = " or ".join(json.dumps(choice) for choice in allowed)
-            raise ValueError(f"{self.path}: {name} is {json.dumps(value)}; only {known} is supported.")
+            raise ConfigError(f"{self.path}: {name} is {json.dumps(value)}; only {known} is supported.")
         return value
 
     @property
@@ -92,7 +93,7 @@ class ConfigFile:
         known = (LLAMA, DEEPSEEK_V2, DEEPSEEK_V3)
         found = next(iter(self.get("architectures", [])), "missing")
         if found not in known:
-            raise ValueError(f"{self.path}: architecture {found} is not supported; these are: {', '.join(known)}.")
+            raise ConfigError(f"{self.path}: architecture {found} is not supported; these are: {', '.join(known)}.")
         return found
 
 
@@ -126,14 +127,14 @@ def _deepseek_values(config: ConfigFile, architecture: str, common: dict[str, An
     if architecture == DEEPSEEK_V3:
         config.require("scoring_func", "sigmoid", default="sigmoid")
         config.require("topk_method", "noaux_tc", default="noaux_tc")
-        values |= dict(score_function="sigmoid", expert_bias=True, n_group_top=2)
+        values |= dict(score_function="sigmoid", expert_bias=True, n_group_topk=2)
     else:
         config.require("scoring_func", "softmax", default="softmax")
         # Normalised scores are scaled in one implementation of V2 and not in another; no published model has them.
         config.require("norm_topk_prob", False, default=False)
         if config.require("topk_method", "greedy", "group_limited_greedy", default="greedy") == "greedy":
-            values |= dict(n_expert_groups=1, n_limited_groups=1)
-        values |= dict(score_function="softmax", expert_bias=False, n_group_top=1)
+            values |= dict(n_expert_groups=1, topk_group=1)
+        values |= dict(score_function="softmax", expert_bias=False, n_group_topk=1)
     if values["n_dense_layers"] >= values["n_layers"] + values["n_mtp_layers"]:
         values |= dict(n_experts=0)
     if values["n_experts"] == 0:
@@ -148,11 +149,11 @@ def _rope_values(config: ConfigFile) -> dict[str, Any]:
     if kind == "default":
         return values | dict(rope_scaling="none")
     if kind not in ("llama3", "yarn"):
-        raise ValueError(f'{config.path}: RoPE of type "{kind}" is not supported; "default", "llama3" and "yarn" are.')
+        raise ConfigError(f'{config.path}: RoPE of type "{kind}" is not supported; "default", "llama3" and "yarn" are.')
     needed = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
     missing = [name for name in needed if rope.get(name) is None]
     if missing:
-        raise ValueError(f"{config.path}: RoPE's parameters lack {missing[0]}: {json.dumps(rope)}.")
+        raise ConfigError(f"{config.path}: RoPE's parameters lack {missing[0]}: {json.dumps(rope)}.")
     values |= dict(rope_scaling=kind, rope_factor=rope["factor"])
     original = rope.get("original_max_position_embeddings")
     values["rope_original_seq_len"] = original or config["max_position_embeddings"]
@@ -165,7 +166,7 @@ def _rope_values(config: ConfigFile) -> dict[str, Any]:
         or not rope.get("truncate", True)
         or bool(mscale) != bool(mscale_all_dim)
     ):
-        raise ValueError(
+        raise ConfigError(
             f"{config.path}: YaRN is supported with mscale and mscale_all_dim or without both, and without "
             f"attention_factor and truncate; given {json.dumps(rope)}."
         )
@@ -197,26 +198,26 @@ def config_of_model(args: ModelArgs) -> dict[str, Any]:
     if architecture == DEEPSEEK_V3:
         return config | dict(scoring_func="sigmoid", topk_method="noaux_tc", rope_interleave=True)
     del config["num_nextn_predict_layers"]
-    method = "group_limited_greedy" if args.n_limited_groups < args.n_expert_groups else "greedy"
+    method = "group_limited_greedy" if args.topk_group < args.n_expert_groups else "greedy"
     return config | dict(scoring_func="softmax", topk_method=method)
 
 
 def _architecture_of(args: ModelArgs) -> str:
-    is_mixture = args.n_experts > 0
-    ranked_by = args.n_group_top if is_mixture and args.n_limited_groups < args.n_expert_groups else None
-    if args.attention == "gqa" and not is_mixture and args.n_mtp_layers == 0:
+    is_moe_layer = args.n_experts > 0
+    ranked_by = args.n_group_topk if is_moe_layer and args.topk_group < args.n_expert_groups else None
+    if args.attention == "gqa" and not is_moe_layer and args.n_mtp_layers == 0:
         return LLAMA
-    if args.attention == "mla" and (not is_mixture or (args.score_function == "sigmoid" and ranked_by in (2, None))):
+    if args.attention == "mla" and (not is_moe_layer or (args.score_function == "sigmoid" and ranked_by in (2, None))):
         return DEEPSEEK_V3
-    is_v2 = args.score_function == "softmax" and ranked_by in (1, None) and not args.normalize_scores
+    is_v2 = args.score_function == "softmax" and ranked_by in (1, None) and not args.route_norm
     if args.attention == "mla" and is_v2 and not args.expert_bias and args.n_mtp_layers == 0:
         return DEEPSEEK_V2
     named = dict(
-        attention=args.attention, n_experts=args.n_experts, score_function=args.score_function, n_group_top=ranked_by
+        attention=args.attention, n_experts=args.n_experts, score_function=args.score_function, n_group_topk=ranked_by
     )
-    named |= dict(normalize_scores=args.normalize_scores, expert_bias=args.expert_bias, n_mtp_layers=args.n_mtp_layers)
+    named |= dict(route_norm=args.route_norm, expert_bias=args.expert_bias, n_mtp_layers=args.n_mtp_layers)
     shown = ", ".join(f"{name} {value}" for name, value in named.items())
-    raise ValueError(
+    raise ConfigError(
         f"none of {LLAMA}, {DEEPSEEK_V2} and {DEEPSEEK_V3} computes a model with {shown}. (Multi-token prediction can "
         "be left out: scripts/export_hf.py --skip_mtp.)"
     )
@@ -237,7 +238,7 @@ def _rope_scaling(args: ModelArgs) -> dict[str, Any] | None:
     if args.rope_mscale and args.rope_mscale_all_dim:
         return scaling | dict(mscale=args.rope_mscale, mscale_all_dim=args.rope_mscale_all_dim)
     if not math.isclose(args.rope_mscale, 1.0) or args.rope_mscale_all_dim:
-        raise ValueError(
+        raise ConfigError(
             f"Hugging Face's YaRN has no rope_mscale {args.rope_mscale} with rope_mscale_all_dim "
             f"{args.rope_mscale_all_dim}: both must be above 0, or be 1 and 0."
         )
@@ -255,7 +256,7 @@ def require_same_model(args: ModelArgs, folder: str) -> None:
         if theirs.get(name) != ours.get(name) and name not in free
     ]
     if differ:
-        raise ValueError(
+        raise ConfigError(
             f"{folder} holds another model: {'; '.join(differ)}. With --model.flavor hf:{folder} the model is the "
             "folder's, but for options of [model] that are given."
         )

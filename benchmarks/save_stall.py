@@ -1,6 +1,6 @@
 """How long a save keeps training waiting, for each way of saving:
 
-    torchrun --nproc_per_node=2 scripts/save_stall.py --gib 4 --folder /scratch/stall
+    torchrun --nproc_per_node=2 benchmarks/save_stall.py --gib 4 --folder /scratch/stall
 
 Weights and two moments of so many GiB in all, sharded over the ranks, are saved three times a mode; between saves the
 device multiplies matrices, as training would. Printed: the seconds that `save` and `wait_for_staging` took, the median
@@ -24,9 +24,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoint import CheckpointManager, TrainedState
+from checkpoint import CheckpointManager, ModelState
 from model import ModelArgs
-from training.distributed import init_distributed
+from resilience.process_group import init_distributed
 
 WORK_SECONDS = 1.0  # of "training" between the beginning of a save and the optimizer's step
 
@@ -62,7 +62,7 @@ def main() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(given.folder, ignore_errors=True)
         manager = CheckpointManager(
-            given.folder, trained=TrainedState(parameters, {}, optimizer, ModelArgs()), enable=True, interval=1,
+            given.folder, trained=ModelState(parameters, {}, optimizer, ModelArgs()), enable=True, interval=1,
             async_mode=mode, keep_latest_k=1, keep_every=0, last_save_dtype=None,
         )  # fmt: skip
         stalls, wholes = [], []

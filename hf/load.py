@@ -18,15 +18,16 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from checkpoint.hf_config import LLAMA, ConfigFile, config_of_model
-from checkpoint.hf_files import TensorReader, write_tensors
-from checkpoint.hf_names import EXPERT_BIAS, WHOLE, Theirs, copies_of, in_order, layer_of, theirs
 from checkpoint.manifest import find_damage
 from checkpoint.safe_metadata import SafeReader
 from checkpoint.state import read_state
+from errors import ConfigError
+from hf.config import LLAMA, ConfigFile, config_of_model
+from hf.names import EXPERT_BIAS, WHOLE, Theirs, copies_of, in_order, layer_of, theirs
+from hf.safetensors import TensorReader, write_tensors
 from model import ModelArgs, Transformer
 from parallelize.init import held_indices
-from training.distributed import rank
+from resilience.process_group import rank
 
 PASSED_THROUGH = (
     "tokenizer.json",
@@ -84,14 +85,14 @@ def _require_all(reader: TensorReader, sources: dict[str, Theirs], copies: dict[
     if missing:
         is_mtp = layer_of(missing[0]) >= args.n_layers
         cure = "; without multi-token prediction: --model.n_mtp_layers 0" if is_mtp else ""
-        raise ValueError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
+        raise ConfigError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
     known = needed | copies.keys()
     known |= {f"{name}_scale_inv" for name in known}
     unread = [n for n in reader.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
     beyond = {layer_of(name) for name in unread if layer_of(name) >= args.n_layers + args.n_mtp_layers}
     unread = sorted((name for name in unread if layer_of(name) not in beyond), key=in_order)
     if unread:
-        raise ValueError(
+        raise ConfigError(
             f"{reader.folder} has {unread[0]}, which the model has no place for ({len(unread)} such tensors)."
         )
     if beyond and rank() == 0:
@@ -105,7 +106,7 @@ def _require_shape(reader: TensorReader, name: str, source: Theirs, ours: torch.
     for their_name in source.names:
         found, expected = reader.shape(their_name), source.shape(ours)
         if found != expected:
-            raise ValueError(
+            raise ConfigError(
                 f"{reader.folder}: {their_name} is {list(found)}, for {name} it must be {list(expected)}; "
                 "the model's sizes are not the folder's."
             )
@@ -134,9 +135,9 @@ def export_hf(
     """
     damage = find_damage(checkpoint)
     if damage:
-        raise ValueError(f"{checkpoint} is not a complete checkpoint: {damage}.")
+        raise ConfigError(f"{checkpoint} is not a complete checkpoint: {damage}.")
     if os.path.isdir(folder) and os.listdir(folder):
-        raise ValueError(f"{folder} is there already, and is not empty; give another.")
+        raise ConfigError(f"{folder} is there already, and is not empty; give another.")
     args = ModelArgs(**read_state(checkpoint)["model_args"])
     args = replace(args, n_mtp_layers=0) if skip_mtp else args
     config = config_of_model(args)

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import torch
-from ranks import _context, free_port
+
+from helpers.ranks import _context, free_port
 
 ASLEEP = 3600  # seconds
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
@@ -55,7 +56,7 @@ def _run(rank: int, world_size: int, port: int, arguments: list[str], output: st
 def run(arguments: list[str], fault: dict) -> int:
     import train
     from config import load_config
-    from training.distributed import clean_exit
+    from resilience.process_group import clean_exit
 
     if fault and fault.get("rank", 0) == int(os.environ["RANK"]):
         inject(**fault)

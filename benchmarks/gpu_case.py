@@ -30,9 +30,9 @@ import train
 from config import Config, load_config
 from model import Transformer, flops_per_token
 from parallelize import init_weights
-from parallelize.activation import apply_activation_checkpoint
+from parallelize.activation import apply_activation_checkpointing
 from parallelize.compile import apply_compile
-from training.distributed import clean_exit, init_distributed
+from resilience.process_group import clean_exit, init_distributed
 from training.metrics import Metrics
 
 PROFILED_AFTER, PROFILED_STEPS = 2, 1
@@ -55,7 +55,7 @@ def plain_loop(config: Config) -> None:
         recipe = replace(Float8LinearConfig.from_recipe_name(config.float8.recipe), emulate=config.float8.emulate)
         convert_to_float8_training(model, config=recipe, module_filter_fn=lambda _, name: name != "output")
     recompute = config.activation_checkpoint
-    apply_activation_checkpoint(
+    apply_activation_checkpointing(
         model, mode=recompute.mode, selective=recompute.selective_option, memory_budget=recompute.memory_budget
     )
     if config.compile.enable:

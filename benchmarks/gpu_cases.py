@@ -80,7 +80,7 @@ GROUPS["v2_lite"] = (  # one dense block and eight mixtures of DeepSeek-V2-Lite,
     },
 )
 # What makes any case tiny, for a dry run.
-DRY = "--job.device cpu --model.dim 64 --model.n_layers 2 --model.n_heads 4 --model.n_kv_heads 2 --model.ffn_dim 128"
+DRY = "--job.device cpu --model.dim 64 --model.n_layers 2 --model.n_heads 4 --model.n_kv_heads 2 --model.hidden_dim 128"
 DRY += " --model.vocab_size 4096 --training.seq_len 128"
 DRY_MIXTURE = " --model.n_kv_heads 4 --model.kv_lora_rank 32 --model.qk_nope_head_dim 16 --model.qk_rope_head_dim 16"
-DRY_MIXTURE += " --model.v_head_dim 16 --model.moe_ffn_dim 32 --model.n_experts 8"
+DRY_MIXTURE += " --model.v_head_dim 16 --model.moe_hidden_dim 32 --model.n_experts 8"

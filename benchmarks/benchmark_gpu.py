@@ -1,8 +1,8 @@
 """Speed and memory of the trainer on one GPU, beside a plain loop, the card's own ceiling and bytes counted by hand.
 
-    python scripts/benchmark_gpu.py '1b/*' '8b/4k*' --out FOLDER           cases of gpu_cases.py: patterns of GROUP/CASE
-    python scripts/benchmark_gpu.py --profile '8b/4k, batch 3'             where the time of one case's step goes
-    python scripts/benchmark_gpu.py '1b/*' --device cpu                    the whole of it, tiny, on a CPU: a dry run
+    python benchmarks/benchmark_gpu.py '1b/*' '8b/4k*' --out FOLDER           cases of gpu_cases.py: patterns of GROUP/CASE
+    python benchmarks/benchmark_gpu.py --profile '8b/4k, batch 3'             where the time of one case's step goes
+    python benchmarks/benchmark_gpu.py '1b/*' --device cpu                    the whole of it, tiny, on a CPU: a dry run
 
 Each case is a process of its own (`gpu_case.py`), with the options of train.py that stand beside its name. Its speed is
 the median over the logged intervals after the first two: the first step compiles, the second allocates. A case with
