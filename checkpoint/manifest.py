@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from errors import ConfigError
+from files import is_plain_name, write_json
 
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
 BLOCK = 2**20  # bytes that are hashed at a time
@@ -23,14 +24,6 @@ def digest(path: str) -> dict[str, Any]:
             sha256.update(block)
             size += len(block)
     return dict(bytes=size, sha256=sha256.hexdigest())
-
-
-def write_json(path: str, value: Any) -> None:
-    """Writes a file that is on the disk, and not only on its way there, when this returns."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def write_manifest(folder: str, files: dict[str, dict] | None = None) -> None:
@@ -74,8 +67,3 @@ def _find_damage(folder: str, part: int, parts: int) -> str | None:
         if digest(os.path.join(folder, name))["sha256"] != expected[name][1]:
             return f"its {name} is not what was written (SHA-256)"
     return None
-
-
-def is_plain_name(name: Any) -> bool:
-    """Whether a name read from a file stays in the folder that it is joined to."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}

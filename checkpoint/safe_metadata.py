@@ -13,8 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from checkpoint.manifest import METADATA, is_plain_name
+from checkpoint.manifest import METADATA
 from errors import ConfigError
+from files import is_plain_name
 
 # Module and name of each class, as torch 2.11 to 2.13 write them. _get_layout looks a name up in a fixed table.
 ALLOWED = {

@@ -14,7 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from checkpoint.manifest import METADATA, STATE, digest, write_json, write_manifest
+from checkpoint.manifest import METADATA, STATE, digest, write_manifest
+from files import write_json
 
 PARTIAL = "incomplete-"
 

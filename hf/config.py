@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from errors import ConfigError
-from hf.safetensors import read_json
+from files import read_json
 from model.args import ModelArgs
 
 LLAMA, DEEPSEEK_V2, DEEPSEEK_V3 = "LlamaForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"

@@ -9,28 +9,16 @@ import json
 import os
 from collections.abc import Iterable
 from math import prod
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoint.manifest import is_plain_name
 from errors import ConfigError
+from files import is_plain_name, read_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-def read_json(path: str) -> dict[str, Any]:
-    """ValueError if it cannot be."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}.") from None
 
 
 class TensorReader:

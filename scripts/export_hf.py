@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from hf.load import export_hf
+from hf.export import export_hf
 from resilience.process_group import clean_exit
 
 

@@ -27,7 +27,8 @@ from helpers.hf_models import (
 )
 from transformers.modeling_layers import MtpModel
 
-from hf import export_hf, model_args_of_folder
+from hf import model_args_of_folder
+from hf.export import export_hf
 from model import Transformer, get_flavor
 from model.rope import rope_cos_sin
 

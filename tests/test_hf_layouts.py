@@ -27,8 +27,9 @@ from helpers.runs import TINY, argv, options, read_metrics, run_command, whole, 
 
 import train
 from config import load_config
-from hf import export_hf, load_hf
+from hf import load_hf
 from hf import safetensors as hf_files
+from hf.export import export_hf
 from model import ModelArgs, Transformer, get_flavor
 from parallelize.init import held_indices
 
