@@ -1,5 +1,6 @@
 """What train.py makes from several sections of the options at once: with it the only file that sees all of them."""
 
+import os
 from dataclasses import replace
 
 import torch
@@ -14,21 +15,8 @@ from resilience.process_group import first_on_each_machine, require_equal_on_all
 from training.validation import Validation
 
 
-def words(text: str) -> list[str]:
-    """What a comma-separated option lists."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
 def degrees_of(config: Config) -> ParallelDims:
-    p = config.parallelism
-    return ParallelDims(
-        pp=p.pipeline_parallel_degree,
-        dp_replicate=p.data_parallel_replicate_degree,
-        dp_shard=p.data_parallel_shard_degree,
-        cp=p.context_parallel_degree,
-        tp=p.tensor_parallel_degree,
-        ep=p.expert_parallel_degree,
-    )
+    return ParallelDims(**config.parallelism.degrees)
 
 
 def global_batch_size_of(config: Config, mesh: ParallelMesh) -> int:
@@ -54,15 +42,17 @@ def build_stages(
     """The whole model on meta, this rank's pipeline stages of it (the model itself where there is no pipeline), and
     every parallelism applied to each."""
     training, p, float8 = config.training, config.parallelism, config.float8
+    recompute = config.activation_checkpoint
+    budget = float(recompute.selective_option) if recompute.mode == "memory_budget" else 1.0
     with torch.device("meta"):
         model = Transformer(model_args, training.loss_chunk_size, global_batch_size_of(config, mesh))
-    model.to(getattr(torch, training.dtype))
+    model.to(training.torch_dtype)
     if float8.enable:  # before the split, so that what is to be skipped is looked for in the whole model
         report = apply_float8(
             model,
             recipe=float8.recipe,
-            skip=words(float8.skip),
-            min_dim=float8.min_dim,
+            skip=float8.skip,
+            min_dim=0,
             emulate=float8.emulate,
             fsdp_all_gather=float8.enable_fsdp_float8_all_gather,
             device_type=device_type,
@@ -83,10 +73,10 @@ def build_stages(
             async_tensor_parallel=p.enable_async_tensor_parallel,
             recompute_mode=config.activation_checkpoint.mode,
             recompute_option=config.activation_checkpoint.selective_option,
-            memory_budget=config.activation_checkpoint.memory_budget,
+            memory_budget=budget,
             compile_backend=config.compile.backend if config.compile.enable else None,
-            param_dtype=getattr(torch, training.mixed_precision_param),
-            reduce_dtype=getattr(torch, training.mixed_precision_reduce),
+            param_dtype=training.param_dtype,
+            reduce_dtype=training.reduce_dtype,
             reshard_after_forward=p.fsdp_reshard_after_forward == "always",
             cpu_offload=training.enable_cpu_offload,
         )
@@ -115,10 +105,10 @@ def build_validation(
     if not options.enable:
         return None
     sample = dataset.held_out_sample
-    if not holds_out(config):
+    if not config.validation.num_held_out:
         with first_on_each_machine():
             own = build_dataset(
-                options.dataset,
+                "shards" if os.path.exists(os.path.join(options.path, "index.json")) else "text",
                 options.path,
                 tokenizer,
                 seq_len=training.seq_len,
@@ -128,12 +118,14 @@ def build_validation(
                 cache_folder=config.data.cache_folder,
             )
         require_equal_on_all_ranks(validation=own.fingerprint)
-        if options.samples > len(own):
-            raise ConfigError(f"validation.samples ({options.samples}) is more than there are: use at most {len(own)}.")
+        if options.num_sequences > len(own):
+            raise ConfigError(
+                f"validation.num_sequences ({options.num_sequences}) is more than there are: use at most {len(own)}."
+            )
         sample = own.__getitem__
     return Validation(
         sample,
-        options.samples,
+        options.num_sequences,
         interval=options.interval,
         last_step=training.steps,
         batch_size=training.local_batch_size,
@@ -145,8 +137,3 @@ def build_validation(
         loss_mesh=mesh.loss,
         pp_mesh=mesh.pp,
     )
-
-
-def holds_out(config: Config) -> bool:
-    """Whether a part of the training data is held out."""
-    return config.validation.enable and config.validation.dataset == "training"

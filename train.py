@@ -24,9 +24,7 @@ from assembly import (
     check_data_fits_model,
     degrees_of,
     global_batch_size_of,
-    holds_out,
     model_args_of,
-    words,
 )
 from checkpoint import CheckpointManager, ModelState
 from config import Config, load_config
@@ -92,14 +90,13 @@ def main(config: Config) -> int:
             seq_len=training.seq_len,
             seed=training.seed,
             packing=config.data.packing,
-            held_out=config.validation.samples if holds_out(config) else 0,
-            weights=config.data.weights,
+            held_out=config.validation.num_held_out,
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
     data_fingerprint = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
-    if holds_out(config):
-        data_fingerprint += f" held out {config.validation.samples}"
+    if config.validation.num_held_out:
+        data_fingerprint += f" held out {config.validation.num_held_out}"
     require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=data_fingerprint)
     global_batch_size = global_batch_size_of(config, mesh)
 
@@ -123,7 +120,7 @@ def main(config: Config) -> int:
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
         weight_decay=config.optimizer.weight_decay,
-        decay_embeddings=config.optimizer.decay_embeddings,
+        decay_embeddings=False,
     )
 
     # Where it stands: at the beginning, or where an earlier run has left it.
@@ -136,15 +133,13 @@ def main(config: Config) -> int:
         async_mode=config.checkpoint.async_mode,
         keep_latest_k=config.checkpoint.keep_latest_k,
         keep_every=config.checkpoint.keep_every,
-        last_save_dtype=getattr(torch, config.checkpoint.export_dtype)
-        if config.checkpoint.last_save_model_only
-        else None,
+        last_save_dtype=None,
     )
     resumed = checkpoint.load(
         config.checkpoint.load_step,
         config.checkpoint.initial_load_path,
         config.checkpoint.initial_load_in_hf,
-        exclude=words(config.checkpoint.exclude_from_loading),
+        exclude=config.checkpoint.exclude_from_loading,
     )
     sync_derived_weights(stages, shared)
     if resumed is not None:
@@ -268,7 +263,7 @@ def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: 
             batch_size=training.local_batch_size,
             microbatch_size=p.pipeline_parallel_microbatch_size,
             seq_len=training.seq_len // (mesh.degrees.cp * mesh.degrees.tp),
-            dtype=getattr(torch, training.mixed_precision_param),
+            dtype=training.param_dtype,
             device=device,
         )
 

@@ -2,8 +2,6 @@
 
 import math
 
-DECAY_TYPES = ("linear", "cosine", "sqrt")
-
 
 def learning_rate(
     step: int,
