@@ -139,10 +139,14 @@ class Compile:
 class Float8:
     enable: bool = option(False, "compute the matmuls of the blocks' linear layers in float8")
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = option(
-        "tensorwise", "one scale per tensor; per row; per row, with grad_weight in high precision", needs=FLOAT8
+        "tensorwise",
+        "tensorwise: one scale per tensor, the fastest; rowwise: one per row; rowwise_with_gw_hp: the most exact",
+        needs=FLOAT8,
     )
     skip: list[str] = option([], 'linear layers left in high precision, as in ["layers.0.*", "*.wk"]', needs=FLOAT8)
-    enable_fsdp_float8_all_gather: bool = option(False, "FSDP gathers weights in float8 (tensorwise)", needs=FLOAT8)
+    enable_fsdp_float8_all_gather: bool = option(
+        False, "all-gather FSDP's weights in float8", needs=(FLOAT8, "float8.recipe tensorwise")
+    )
     emulate: bool = option(False, "round to float8, but multiply in float32, on any device; for tests", needs=FLOAT8)
 
 
@@ -172,7 +176,7 @@ class Checkpoint:
     interval: int = option(500, "steps between saves; the last step is always saved", 1)
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = option(
         "disabled",
-        "training waits for: the save (disabled); a copy to CPU memory (async); neither, on a GPU (..._pinned_mem)",
+        "wait for the save; async: wait for a copy in CPU memory; async_with_pinned_mem: copy during the next step (GPU)",
         needs=CHECKPOINT,
     )
     keep_latest_k: int = option(10, "checkpoints to keep; older ones are deleted; 0: keep all", 0)

@@ -3,6 +3,9 @@
 
 Nothing is guessed and nothing is ignored. An unknown section or key, a value of the wrong type or out of range, and an
 option without effect are a ConfigError of one line, which says where it stands, what was expected and what was given.
+
+Proof: tests/test_config.py::test_mistake_in_a_file_is_one_line,
+tests/test_config.py::test_option_without_what_it_needs_is_refused.
 """
 
 import os

@@ -9,11 +9,12 @@ from typing import get_args
 
 import pytest
 import torch
+from torch.distributed.pipelining.schedules import get_schedule_class
 
 from config import Config, load_config
 from model import ModelArgs
 from options import help_text, list_options, save_config
-from parallelize.float8 import RECIPES
+from training.lr_schedule import learning_rate
 from training.optimizer import OPTIMIZERS
 
 OPTIONS = {option.name: option for option in list_options(Config)}
@@ -95,10 +96,16 @@ def test_there_are_at_most_100_options():
     assert len(OPTIONS) <= 100
 
 
-def test_enumerations_equal_the_tables_of_the_rooms():
-    """Every value that an option may take has an entry in the table of the room that implements it."""
+def test_every_value_of_an_enumeration_is_implemented():
+    """config.py alone lists the values; the code that implements them knows each."""
     assert set(get_args(OPTIONS["optimizer.name"].kind)) == set(OPTIMIZERS)
-    assert set(get_args(OPTIONS["float8.recipe"].kind)) == set(RECIPES)
+    for decay_type in get_args(OPTIONS["lr_scheduler.decay_type"].kind):
+        section = load_config(["--lr_scheduler.decay_type", decay_type]).lr_scheduler
+        assert 0 < learning_rate(step=5, lr=1.0, total_steps=10, **vars(section)) < 1
+    for schedule in get_args(OPTIONS["parallelism.pipeline_parallel_schedule"].kind):
+        get_schedule_class(schedule)
+    for dtype in get_args(OPTIONS["training.dtype"].kind):
+        assert isinstance(getattr(torch, dtype), torch.dtype)
 
 
 def test_properties_name_what_functions_take():
@@ -205,12 +212,17 @@ def test_mistake_on_the_command_line_is_one_line(argv, message):
 # ------------------------------------------------------------------------------ options without effect
 
 
-NEEDS = [(option, needed) for option in OPTIONS.values() for needed in option.needs]
+def is_met_by_default(needed: str) -> bool:
+    name, value = needed.split(" ", 1)
+    return OPTIONS[name].default == value
+
+
+NEEDS = [(o, needed) for o in OPTIONS.values() for needed in o.needs if not is_met_by_default(needed)]
 
 
 @pytest.mark.parametrize("option, needed", NEEDS, ids=lambda value: getattr(value, "name", value))
 def test_option_without_what_it_needs_is_refused(option, needed):
-    """Whatever an option needs exists, is not met by default, and is named in the error; with it, the option passes."""
+    """The error names what the option needs, in the words that the command line takes; with it, the option passes."""
     other = {bool: str(not option.default).lower(), int: "2", float: "0.25"}.get(option.kind, "x")
     choices = [choice for choice in get_args(option.kind) if choice != option.default]
     given = [f"--{option.name}", choices[0] if option.kind != list[str] and choices else other]
@@ -220,6 +232,13 @@ def test_option_without_what_it_needs_is_refused(option, needed):
     section, key = option.name.split(".")
     extra = ["--checkpoint.interval", "1"]  # keep_every must be a multiple
     assert getattr(getattr(load_config([*given, *met, *extra]), section), key) != option.default
+
+
+def test_option_is_refused_where_another_value_excludes_it():
+    """What an option needs may be a default, which the user has replaced."""
+    given = ["--float8.enable=true", "--float8.enable_fsdp_float8_all_gather=true"]
+    assert load_config(given).float8.enable_fsdp_float8_all_gather
+    assert "has no effect without float8.recipe tensorwise; add" in error_of([*given, "--float8.recipe=rowwise"])
 
 
 def test_option_at_its_default_needs_nothing(tmp_path):
