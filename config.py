@@ -176,7 +176,7 @@ class Checkpoint:
     interval: int = option(500, "steps between saves; the last step is always saved", 1)
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = option(
         "disabled",
-        "wait for the save; async: wait for a copy in CPU memory; async_with_pinned_mem: copy during the next step (GPU)",
+        "wait for the save; async: for a copy in CPU memory; async_with_pinned_mem: copy during the next step (GPU)",
         needs=CHECKPOINT,
     )
     keep_latest_k: int = option(10, "checkpoints to keep; older ones are deleted; 0: keep all", 0)
