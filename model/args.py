@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 
-def _arg(default, help: str):
-    return field(default=default, metadata={"help": help})
+def _arg(default, help: str, is_option: bool = True):
+    """A field; is_option False: only a flavor or a config.json sets it, no option of [model]."""
+    return field(default=default, metadata={"help": help, "is_option": is_option})
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class ModelArgs:
     hidden_dim: int = _arg(384, "hidden width of SwiGLU, in dense blocks")
     vocab_size: int = _arg(4096, "rows of the embedding; at least the tokenizer's number of tokens")
     max_seq_len: int = _arg(8192, "the longest sequence the model is meant for")
-    norm_eps: float = _arg(1e-5, "RMSNorm's epsilon")
+    norm_eps: float = _arg(1e-5, "RMSNorm's epsilon", is_option=False)
     tie_embeddings: bool = _arg(False, "the head reuses the embedding's weight")
 
     attention: str = _arg("gqa", '"gqa", or "mla": keys and values from a compressed latent (DeepSeek-V2)')
@@ -36,30 +37,42 @@ class ModelArgs:
     n_shared_experts: int = _arg(0, "experts that every token goes to, as one of so many times the width")
     moe_hidden_dim: int = _arg(0, "hidden width of an expert")
     n_dense_layers: int = _arg(0, "the first blocks, which stay dense")
-    score_function: str = _arg("softmax", '"softmax" over the experts or "sigmoid" of each')
+    score_function: str = _arg("softmax", '"softmax" over the experts or "sigmoid" of each', is_option=False)
     n_expert_groups: int = _arg(1, "groups of equally many experts; a token's experts come from topk_group")
     topk_group: int = _arg(1, "groups that a token may choose from")
-    n_group_topk: int = _arg(1, "a group is ranked by the sum of its best so many scores: V2 1, V3 2")
-    route_norm: bool = _arg(False, "the scores of a token's experts are divided by their sum")
-    route_scale: float = _arg(1.0, "the scores are multiplied by this, last")
+    n_group_topk: int = _arg(1, "a group is ranked by the sum of its best so many scores: V2 1, V3 2", is_option=False)
+    route_norm: bool = _arg(False, "the scores of a token's experts are divided by their sum", is_option=False)
+    route_scale: float = _arg(1.0, "the scores are multiplied by this, last", is_option=False)
     expert_bias: bool = _arg(False, "experts are chosen by score + bias, which balances them without a loss")
     expert_bias_speed: float = _arg(0.001, "what a step adds to the bias of too idle experts, takes from too busy ones")
     balance_loss_weight: float = _arg(0.0, "weight of the sequence-wise balance loss; 0: none")
     n_mtp_layers: int = _arg(0, "how many further tokens are predicted in training, by a block each")
-    mtp_loss_weight: float = _arg(0.3, "weight of the mean of their losses")
+    mtp_loss_weight: float = _arg(0.3, "weight of the mean of their losses", is_option=False)
 
     rope_theta: float = _arg(500000.0, "RoPE's base")
-    rope_scaling: str = _arg("none", '"none", or how long wavelengths are stretched: "llama3" (3.1) or "yarn"')
-    rope_factor: float = _arg(8.0, '"llama3", "yarn": how much longer the context became')
-    rope_original_seq_len: int = _arg(8192, '"llama3", "yarn": the context before it was stretched')
-    rope_low_freq_factor: float = _arg(1.0, '"llama3": fewer turns than this in the original context: fully slowed')
-    rope_high_freq_factor: float = _arg(4.0, '"llama3": more turns than this in the original context: left alone')
-    rope_beta_fast: float = _arg(32.0, '"yarn": more turns than this in the original context: left alone')
-    rope_beta_slow: float = _arg(1.0, '"yarn": fewer turns than this in the original context: fully slowed')
-    rope_mscale: float = _arg(1.0, '"yarn": attention\'s growth with the factor, by way of the rotated channels')
-    rope_mscale_all_dim: float = _arg(0.0, '"yarn": the same by way of all channels; 0: none')
+    rope_scaling: str = _arg(
+        "none", '"none", or how long wavelengths are stretched: "llama3" (3.1) or "yarn"', is_option=False
+    )
+    rope_factor: float = _arg(8.0, '"llama3", "yarn": how much longer the context became', is_option=False)
+    rope_original_seq_len: int = _arg(8192, '"llama3", "yarn": the context before it was stretched', is_option=False)
+    rope_low_freq_factor: float = _arg(
+        1.0, '"llama3": fewer turns than this in the original context: fully slowed', is_option=False
+    )
+    rope_high_freq_factor: float = _arg(
+        4.0, '"llama3": more turns than this in the original context: left alone', is_option=False
+    )
+    rope_beta_fast: float = _arg(
+        32.0, '"yarn": more turns than this in the original context: left alone', is_option=False
+    )
+    rope_beta_slow: float = _arg(
+        1.0, '"yarn": fewer turns than this in the original context: fully slowed', is_option=False
+    )
+    rope_mscale: float = _arg(
+        1.0, '"yarn": attention\'s growth with the factor, by way of the rotated channels', is_option=False
+    )
+    rope_mscale_all_dim: float = _arg(0.0, '"yarn": the same by way of all channels; 0: none', is_option=False)
 
-    init_std: float = _arg(0.02, "standard deviation of the initial weights")
+    init_std: float = _arg(0.02, "standard deviation of the initial weights", is_option=False)
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len"):

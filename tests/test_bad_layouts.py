@@ -115,9 +115,14 @@ def test_layout_is_refused_in_one_line(number, messages):
         ({"parallelism.enable_async_tensor_parallel": "true", TP: 2}, "has no effect without compile.enable true"),
         ({"activation_checkpoint.selective_option": "2"}, "has no effect without activation_checkpoint.mode select"),
         (
-            {"activation_checkpoint.memory_budget": 0.3},
-            "has no effect without activation_checkpoint.mode memory",
+            {"activation_checkpoint.selective_option": "0.3", MODE: "full"},
+            "has no effect without activation_checkpoint.mode selective or memory_budget; add",
         ),
+        (
+            {"float8.skip": '["*.wk"]'},
+            "float8.skip has no effect without float8.enable true; add --float8.enable true.",
+        ),
+        ({"comm.direct_messages": "false"}, "comm.direct_messages has no effect without job.device cpu; add"),
         ({MODE: "memory_budget"}, "is the compiler's; add --compile.enable true."),
         ({"compile.backend": "eager"}, "compile.backend has no effect without compile.enable true"),
         (
@@ -130,6 +135,6 @@ def test_layout_is_refused_in_one_line(number, messages):
     ],
 )
 def test_option_without_effect_is_refused(options, message):
-    """Nothing that was configured is ignored in silence."""
+    """An option that cannot take effect is an error, which names what it needs."""
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(argv(options))

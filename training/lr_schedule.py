@@ -5,8 +5,6 @@ Proof: tests/test_training.py::test_learning_rate.
 
 import math
 
-DECAY_TYPES = ("linear", "cosine", "sqrt")
-
 
 def learning_rate(
     step: int,
