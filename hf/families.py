@@ -33,7 +33,7 @@ class Family:
     read: Callable[[ConfigFile, dict[str, Any]], dict[str, Any]]  # (config, ModelArgs so far) -> more ModelArgs
     write: Callable[[ModelArgs], dict[str, Any]]  # more fields of config.json
 
-    # Tensors. `names` maps the modules of our block to theirs. Tensors that are no module's weight have full names there.
+    # Tensors. `names` maps the modules of our block to theirs. Other tensors than weights have full names there.
     # {expert} stands for an expert's number: one matrix per expert there, one tensor for all of them here. `mtp` is the
     # same map for the modules of an MTP layer outside of its block. `mtp_copies` maps a tensor that each MTP layer
     # repeats to ours.
