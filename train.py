@@ -28,7 +28,7 @@ from assembly import (
     model_args_of,
     words,
 )
-from checkpoint import CheckpointManager, ModelState
+from checkpoint import CheckpointManager, ModelState, TrainState
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
 from model import flops_per_token, mtp_targets, num_params
@@ -126,32 +126,16 @@ def main(config: Config) -> int:
         decay_embeddings=config.optimizer.decay_embeddings,
     )
 
-    # Where it stands: at the beginning, or where an earlier run has left it.
-    step = tokens_seen = samples_consumed = status = 0
-    checkpoint = CheckpointManager(
-        os.path.join(config.job.dump_folder, config.checkpoint.folder),
-        trained=ModelState(parameters, balance.biases, optimizer, model_args),
-        enable=config.checkpoint.enable,
-        interval=config.checkpoint.interval,
-        async_mode=config.checkpoint.async_mode,
-        keep_latest_k=config.checkpoint.keep_latest_k,
-        keep_every=config.checkpoint.keep_every,
-        last_save_dtype=getattr(torch, config.checkpoint.export_dtype)
-        if config.checkpoint.last_save_model_only
-        else None,
-    )
-    resumed = checkpoint.load(
-        config.checkpoint.load_step,
-        config.checkpoint.initial_load_path,
-        config.checkpoint.initial_load_in_hf,
-        exclude=words(config.checkpoint.exclude_from_loading),
-    )
+    # Resume from a checkpoint, or start at step 0.
+    state = TrainState(data_fingerprint=data_fingerprint)
+    checkpoint_options = vars(config.checkpoint) | {
+        "exclude_from_loading": words(config.checkpoint.exclude_from_loading)
+    }
+    del checkpoint_options["last_save_model_only"], checkpoint_options["export_dtype"]
+    model_state = ModelState(parameters, balance.biases, optimizer, model_args)
+    checkpoint = CheckpointManager(config.job.dump_folder, model_state, **checkpoint_options)
+    checkpoint.load(state)
     sync_derived_weights(stages, shared)
-    if resumed is not None:
-        step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
-        log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
-        if resumed["data_fingerprint"] != data_fingerprint:
-            log("warning: data, tokenizer, seed or seq_len is not that checkpoint's; samples go on in the new order")
 
     loader = build_loader(
         dataset,
@@ -159,7 +143,7 @@ def main(config: Config) -> int:
         local_batch_size=training.local_batch_size,
         data_rank=mesh.dp_rank,
         data_ranks=mesh.dp_degree,
-        samples_consumed=samples_consumed,
+        samples_consumed=state.samples_consumed,
         num_workers=config.data.num_workers,
     )
     batches = iter(loader)
@@ -186,8 +170,9 @@ def main(config: Config) -> int:
 
     guard, spikes = NonFiniteGuard(parameters, training.max_skipped_steps), LossSpikes()
     keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
+    stop = None
     metrics.start()
-    while step < training.steps:
+    while state.step < training.steps and not stop:
         signals.ask()
         # ---------------------------------------------------------------------------------------- the step
         microbatches = [add_mtp_targets(batch, model_args.n_mtp_layers) for batch in next(batches)]
@@ -200,51 +185,45 @@ def main(config: Config) -> int:
             loss = loss + forward_backward(batch, num_tokens)
         shared.reduce_gradient()
         grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)
-        lr = learning_rate(step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
+        lr = learning_rate(state.step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
         for group in optimizer.param_groups:
             group["lr"] = lr
         checkpoint.wait_for_staging()  # of the last save: nothing before this has changed a weight
-        if guard.allows(step + 1, grad_norm, loss):
+        if guard.allows(state.step + 1, grad_norm, loss):
             optimizer.step()
             balance.update()
             sync_derived_weights(stages, shared)
         else:
             balance.forget()
         optimizer.zero_grad()
-        step += 1
-        # ------------------------------------------------------------------------------- everything else
         tokens = global_batch_size * training.seq_len
-        tokens_seen += tokens
+        state.advance(sequences=global_batch_size, tokens=tokens)
+        # ------------------------------------------------------------------------------- everything else
         metrics.count(tokens, loader.take_seconds_waited())
-        held_out = validation.run(step) if validation else {}
-        if metrics.is_log_step(step) or held_out:
+        held_out = validation.run(state.step) if validation else {}
+        if metrics.is_log_step(state.step) or held_out:
             mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
             metrics.log(
-                step,
+                state.step,
                 loss=mean_loss,
                 grad_norm=grad_norm,
                 lr=lr,
-                tokens_seen=tokens_seen,
+                tokens_seen=state.tokens_seen,
                 experts=balance.report(),
                 validation=held_out,
                 skipped_steps=guard.skipped,
                 failed_saves=checkpoint.failed_saves,
             )
-            spike = spikes.warning(step, mean_loss)
+            spike = spikes.warning(state.step, mean_loss)
             if spike:
                 log(spike)
-        numbers = dict(
-            tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, data_fingerprint=data_fingerprint
-        )
-        checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
+        checkpoint.maybe_save(state, is_last=state.step == training.steps)
         stop = signals.answer()
-        if stop and step < training.steps:
-            is_saved = config.checkpoint.enable and checkpoint.save(step, **numbers) and checkpoint.wait()
-            log(f"{stop} ended the run after step {step}, which is {'saved' if is_saved else 'NOT saved'}")
-            status = EXIT_PREEMPTED if is_saved or not config.checkpoint.enable else 1
-            break
-    checkpoint.close()
-    if config.checkpoint.enable and checkpoint.saved_step != step:
+    is_saved, status = checkpoint.finish(state), 0
+    if stop and state.step < training.steps:
+        log(f"{stop} ended the run after step {state.step}, which is {'saved' if is_saved else 'NOT saved'}")
+        status = EXIT_PREEMPTED
+    if is_saved is False:
         log("error: the last step could not be saved")
         status = 1
     metrics.close()

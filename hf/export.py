@@ -17,8 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from checkpoint.manifest import find_damage
-from checkpoint.safe_metadata import SafeReader
+from checkpoint.integrity import SafeReader, find_damage
 from checkpoint.state import read_state
 from errors import ConfigError
 from hf.config import LLAMA, ConfigFile, config_of_model
