@@ -88,12 +88,12 @@ class CheckpointManager:
             self.save(state)
 
     def save(self, state: TrainState) -> None:
-        """Saves, or starts an asynchronous save once the save before is done: call `wait_for_staging` before changing a
-        weight."""
+        """Waits for the save before, then saves or starts to. Call `wait_for_staging` before changing a weight."""
         self.wait()
         if state.step == self.saved_step:
             return
         tensors = self.model_state.tensors()
+        # weights_only: an earlier version could leave the optimizer's state out.
         numbers = dict(vars(state), weights_only=False, model_args=dict(vars(self.model_state.model_args)))
         if self.staging is None:
             self._write(tensors, numbers)

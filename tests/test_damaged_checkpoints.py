@@ -126,9 +126,9 @@ def found(tmp_path_factory):
 @fault("checkpoint: {damage}")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoint(damage, found):
-    """A warning names the file, the checkpoint is renamed `corrupt-step-N`, and the newest intact one is loaded. If
-    load_step or initial_load_path asks for the damaged one, or if none is intact, the run ends with an error. No code
-    in it runs."""
+    """A warning names the file, the checkpoint is renamed `corrupt-step-N`, and the newest intact checkpoint is loaded.
+    If load_step or initial_load_path asks for the damaged checkpoint, or if none is intact, the run ends with an error.
+    No code in it runs."""
     assert DAMAGE[damage][1] in found[damage]
 
 
@@ -148,7 +148,7 @@ def test_export_refuses_hostile_metadata(tmp_path):
 
 @fault("a Hugging Face index that names files outside of its folder")
 def test_hf_index_with_files_outside_is_refused(tmp_path):
-    """The error repeats the name."""
+    """Loading is refused, and the error repeats the name."""
     (tmp_path / INDEX).write_text(json.dumps(dict(weight_map={"lm_head.weight": "../secret.safetensors"})))
     with pytest.raises(ValueError, match="which is not a file in its folder"):
         TensorReader(str(tmp_path))

@@ -24,7 +24,7 @@ OPTIONS = dict(
     enable=True, interval=1, async_mode="disabled", keep_latest_k=0, keep_every=0, load_step=-1, initial_load_path="",
     initial_load_in_hf=False, exclude_from_loading=[],
 )  # fmt: skip
-ARGS = ModelArgs(n_experts=4, top_k=2, moe_hidden_dim=64)  # Not those of the tensors: only their names are compared.
+ARGS = ModelArgs(n_experts=4, top_k=2, moe_hidden_dim=64)  # Compared when loading. The tensors have other sizes.
 
 
 class Checkpoints:
