@@ -9,7 +9,7 @@ from data import build_dataset
 from errors import ConfigError
 from hf import model_args_of_folder, require_same_model
 from model import ModelArgs, Transformer, get_flavor
-from parallelize import ParallelDims, ParallelMesh, apply_float8, parallelize, parallelize_pipeline, shard_sequence
+from parallelize import ParallelMesh, apply_float8, parallelize, parallelize_pipeline, shard_sequence
 from resilience.process_group import first_on_each_machine, require_equal_on_all_ranks
 from training.validation import Validation
 
@@ -19,9 +19,10 @@ def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def degrees_of(config: Config) -> ParallelDims:
+def degrees_of(config: Config) -> dict[str, int]:
+    """The fields of ParallelDims."""
     p = config.parallelism
-    return ParallelDims(
+    return dict(
         pp=p.pipeline_parallel_degree,
         dp_replicate=p.data_parallel_replicate_degree,
         dp_shard=p.data_parallel_shard_degree,

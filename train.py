@@ -80,7 +80,7 @@ def main(config: Config) -> int:
     watchdog = Watchdog(config.job.dump_folder, dist.get_rank())
 
     # The ranks as a five-dimensional grid.
-    mesh = build_mesh(degrees_of(config), device.type, dist.get_world_size())
+    mesh = build_mesh(device.type, dist.get_world_size(), **degrees_of(config))
 
     # What is read: text, through a tokenizer, as samples that depend on nothing but (data, seed, number of the sample).
     tokenizer = build_tokenizer(config.data.tokenizer)

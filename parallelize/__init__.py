@@ -55,7 +55,6 @@ def parallelize(
     the others have left of a weight, and its hooks must stay outside of anything that is compiled or recomputed.
     """
     degrees = mesh.degrees
-    separate_experts = degrees.ep > 1 or degrees.tp > 1
     parallelize_context(stage, mesh.cp, method=context_parallel_method, seq_len=seq_len, tp=degrees.tp)
     parallelize_tensor(stage, mesh.tp, seq_len=seq_len // degrees.cp, use_async=async_tensor_parallel)
     parallelize_experts(stage, mesh.ep, mesh.sequence)
@@ -70,11 +69,11 @@ def parallelize(
         )
     apply_activation_checkpointing(stage, mode=recompute_mode, selective=recompute_option, memory_budget=memory_budget)
     if compile_backend is not None:
-        apply_compile(stage, backend=compile_backend, param_dtype=param_dtype, separate_experts=separate_experts)
+        apply_compile(stage, backend=compile_backend, param_dtype=param_dtype, separate_experts=mesh.efsdp is not None)
     parallelize_data(
         stage,
         mesh.fsdp,
-        expert_mesh=mesh.efsdp if separate_experts else None,
+        expert_mesh=mesh.efsdp,
         param_dtype=param_dtype,
         reduce_dtype=reduce_dtype,
         # A stage runs many forwards and backwards in a row: gathering its weights for each would be dear.

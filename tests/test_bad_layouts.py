@@ -66,7 +66,7 @@ def _messages(cases: list[dict]) -> list[str]:
     for options in cases:
         try:
             config = load_config(argv(TINY, {BATCH: 8}, options))
-            mesh = build_mesh(train.degrees_of(config), "cpu", 8)
+            mesh = build_mesh("cpu", 8, **train.degrees_of(config))
             stages = train.build_stages(config, train.model_args_of(config), mesh, "cpu", log=lambda _: None)
             train.build_forward_backward(config, stages, mesh, torch.device("cpu"))
             messages.append("")

@@ -103,7 +103,7 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
     results = []
     for arguments in cases:
         config = load_config(arguments)
-        mesh = train.build_mesh(train.degrees_of(config), "cpu", dist.get_world_size())
+        mesh = train.build_mesh("cpu", dist.get_world_size(), **train.degrees_of(config))
         args = train.model_args_of(config)
         stages = train.build_stages(config, args, mesh, "cpu", log=lambda _: None)
         counted.clear()

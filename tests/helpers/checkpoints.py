@@ -15,14 +15,14 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from checkpoint import CheckpointManager, ModelState
 from checkpoint.manifest import STATE, write_manifest
 from model import ModelArgs, Transformer
-from parallelize import ParallelDims, build_mesh
+from parallelize import build_mesh
 
 
 class Checkpoints:
     """On each rank: a sharded and a replicated parameter and AdamW, and a manager. A value says which step it is of."""
 
     def __init__(self, folder: Path, **settings):
-        mesh = build_mesh(ParallelDims(), "cpu", dist.get_world_size()).data_parallel
+        mesh = build_mesh("cpu", dist.get_world_size()).fsdp
         generator = torch.Generator().manual_seed(0)
         self.parameters = {
             name: nn.Parameter(distribute_tensor(torch.randn(shape, generator=generator), mesh, [placement]))
