@@ -80,7 +80,9 @@ def main(config: Config) -> int:
     watchdog = Watchdog(config.job.dump_folder, dist.get_rank())
 
     # The ranks as a five-dimensional grid.
-    mesh = build_mesh(device.type, dist.get_world_size(), **degrees_of(config))
+    mesh = build_mesh(
+        device.type, dist.get_world_size(), timeout_seconds=config.comm.timeout_seconds, **degrees_of(config)
+    )
 
     # What is read: text, through a tokenizer, as samples that depend on nothing but (data, seed, number of the sample).
     tokenizer = build_tokenizer(config.data.tokenizer)

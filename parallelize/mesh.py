@@ -41,6 +41,7 @@ tests/test_mesh.py::test_number_of_groups_on_2048_ranks
 """
 
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from itertools import product
 from math import prod
 
@@ -142,10 +143,11 @@ class ParallelMesh:
         return replicate * self.degrees.dp_shard + shard
 
 
-def build_mesh(device_type: str, world_size: int, **degrees: int) -> ParallelMesh:
+def build_mesh(device_type: str, world_size: int, *, timeout_seconds: int = 600, **degrees: int) -> ParallelMesh:
     """Build the meshes of all world_size ranks for degrees, the fields of ParallelDims. device_type is "cpu" or "cuda".
     ConfigError if the degrees do not fit. A collective: every rank makes its groups in the same order."""
     d, rank = ParallelDims(**degrees).resolve(world_size), dist.get_rank()
+    timeout = timedelta(seconds=timeout_seconds)  # a new group does not inherit that of the world's group
     groups = {range(world_size): dist.group.WORLD}
 
     def group_of(axis: str, size: int, stride: int) -> dist.ProcessGroup:
@@ -154,7 +156,7 @@ def build_mesh(device_type: str, world_size: int, **degrees: int) -> ParallelMes
         ranks = range(first, first + size * stride, stride)
         if ranks not in groups:  # ranges are equal if their numbers are
             # Only the members take part: the cost for a rank does not grow with the number of groups on other ranks.
-            groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True, group_desc=axis)
+            groups[ranks] = dist.new_group(list(ranks), timeout, use_local_synchronization=True, group_desc=axis)
         return groups[ranks]
 
     def grid(**axes: int) -> DeviceMesh:

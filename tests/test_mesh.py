@@ -1,5 +1,7 @@
 """Layouts: which are accepted, the ranks of each axis, process groups, and the elements of a parameter on a rank."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -89,9 +91,9 @@ def _build_and_count(world_size: int, degrees: dict[str, int]) -> tuple[Parallel
     """The mesh, and the ranks of each process group that this rank has made for it."""
     made, new_group = [], dist.new_group
 
-    def counting_new_group(ranks, **options):
+    def counting_new_group(ranks, *args, **options):
         made.append(ranks)
-        return new_group(ranks, **options)
+        return new_group(ranks, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "new_group", counting_new_group)
@@ -156,6 +158,25 @@ def test_rank_makes_at_most_eleven_groups():
 def test_number_of_groups_on_2048_ranks(rank):
     """The layout of configs/deepseek_v3_671b.toml: pp, fsdp = loss = tokens, efsdp, ep and this rank alone."""
     assert run_ranks(1, _groups_on_fake_ranks, rank, 2048, dict(pp=16, ep=64))[0] == (5, 5)
+
+
+def _wait_for_a_missing_rank() -> float:
+    """Seconds until rank 0 gives up a sum over tp that rank 1 never joins."""
+    init_distributed("cpu", 60)
+    mesh = build_mesh("cpu", 4, timeout_seconds=2, tp=2)
+    dist.barrier()
+    began = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.all_reduce(torch.zeros(1), group=mesh.tp.get_group())
+    seconds = time.monotonic() - began
+    dist.barrier()
+    return seconds
+
+
+def test_collective_of_an_axis_ends_after_timeout_seconds():
+    """comm.timeout_seconds holds for the groups of every axis, not for the world's alone."""
+    assert 1 < run_ranks(4, _wait_for_a_missing_rank)[0] < 30
 
 
 def _held_elements():
