@@ -22,22 +22,21 @@ Eight ranks as dp_replicate 2 x dp_shard 2 x tp 2 (pp = cp = 1):
 
 Six more axes join or divide these, with the ranks in the same order:
 
-    fsdp = dp_shard x cp                   shards a weight: context ranks hold the same weights
-    efsdp x ep = dp_shard x cp x tp        shards experts, which are never tensor-parallel: ep sends tokens to experts,
-                                           efsdp does for experts what fsdp does for other weights. Expert parallelism
-                                           borrows ranks, it adds none.
-    loss = dp_replicate x dp_shard x cp    sums losses and token counts: these ranks hold different tokens
-    tokens = dp_replicate x dp_shard x cp x tp    sums the tokens of each expert: a sequence is split over tp too
-    sequence = cp x tp                     ranks that share sequences
+    fsdp = dp_shard x cp               shards a weight: context ranks hold the same weights
+    efsdp x ep = dp_shard x cp x tp    experts, which are never tensor-parallel: ep sends tokens to their experts, efsdp
+                                       shards an expert's weights. Expert parallelism borrows ranks, it adds none.
+    loss = dp_replicate x fsdp         sums losses and token counts: these ranks hold different tokens
+    tokens = loss x tp                 sums the tokens of each expert: a sequence is split over tp too
+    sequence = cp x tp                 ranks that share sequences
 
-Process groups: axes of the same ranks share one group. An axis of all ranks takes the world's group, and all axes of
-size 1 take one group of this rank alone. So a rank is in at most 11 groups beside the world's, one for each axis above,
-whatever the number of ranks. NCCL makes a communicator at a group's first collective: a rank has at most 11 of them,
-since with cp > 1 nothing is sent over dp_shard. A communicator runs one collective after the other, so axes that share
-a group do not overlap.
+Process groups: axes of the same ranks share a group. An axis of all ranks takes the world's group, and all axes of size
+1 take one group of this rank alone. So a rank makes at most 11 groups, one for each axis above, whatever the number of
+ranks. NCCL makes a communicator at a group's first collective: at most 11 with the world's, since nothing is sent over
+dp_shard where it differs from fsdp. A communicator runs one collective after the other, so axes that share a group do
+not overlap.
 
 Proof: tests/test_mesh.py::test_views_of_eight_ranks, tests/test_mesh.py::test_axes_of_same_ranks_share_a_group,
-tests/test_mesh.py::test_number_of_groups_on_2048_ranks
+tests/test_mesh.py::test_rank_makes_at_most_eleven_groups
 """
 
 from dataclasses import dataclass, fields
@@ -51,7 +50,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from errors import ConfigError
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+AXES = {  # and the option that sets the size of each
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+}
 
 
 @dataclass(frozen=True)
@@ -70,12 +75,12 @@ class ParallelDims:
         values = {axis: getattr(self, axis) for axis in AXES}
         wrong = [a for a, n in values.items() if n < 1 and not (a == "dp_shard" and n == -1)]
         if wrong:
-            raise ConfigError(f"{_option(wrong[0])} ({values[wrong[0]]}) must be at least 1.")
+            raise ConfigError(f"{AXES[wrong[0]]} ({values[wrong[0]]}) must be at least 1.")
         others = prod(n for axis, n in values.items() if axis != "dp_shard")
         if values["dp_shard"] == -1 and world_size % others == 0:
             values["dp_shard"] = world_size // others
         if others * values["dp_shard"] != world_size:
-            given = " x ".join(f"{_option(a)} {n}" for a, n in values.items() if n not in (1, -1))
+            given = " x ".join(f"{AXES[a]} {n}" for a, n in values.items() if n not in (1, -1))
             raise ConfigError(
                 f"{given} does not multiply to the number of ranks ({world_size}); these would fit: "
                 f"{self._suggest(world_size)}."
@@ -94,28 +99,20 @@ class ParallelDims:
     def _suggest(self, world_size: int) -> str:
         """Name up to three layouts of world_size ranks, those that differ least from this layout."""
         wanted = {axis: max(1, getattr(self, axis)) for axis in AXES if axis != "dp_shard"}
-        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        # An axis that was not asked for stays at 1.
-        choices = [sizes if n > 1 else [1] for n in wanted.values()]
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        choices = [divisors if n > 1 else [1] for n in wanted.values()]  # an axis that was not asked for stays at 1
         fitting = [c for c in product(*choices) if world_size % prod(c) == 0]
         fitting.sort(key=lambda c: sum(abs(a - b) + (a != b) for a, b in zip(c, wanted.values(), strict=True)))
         texts = []
         for choice in fitting[:3]:
-            named = [(_option(axis), n) for axis, n in zip(wanted, choice, strict=True) if n > 1]
-            named.append((_option("dp_shard"), world_size // prod(choice)))
-            texts.append(" x ".join(f"{option} {n}" for option, n in named))
+            named = [f"{AXES[axis]} {n}" for axis, n in zip(wanted, choice, strict=True) if n > 1]
+            texts.append(" x ".join([*named, f"{AXES['dp_shard']} {world_size // prod(choice)}"]))
         return "; ".join(texts)
-
-
-def _option(axis: str) -> str:
-    names = {"pp": "pipeline", "dp_replicate": "data_parallel_replicate", "dp_shard": "data_parallel_shard",
-             "cp": "context", "tp": "tensor"}  # fmt: skip
-    return names[axis] + ("_degree" if axis.startswith("dp_") else "_parallel_degree")
 
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The meshes of one layout. fully_shard needs tp and fsdp to be slices of one mesh, so `dense` has both."""
+    """The meshes of one layout. fully_shard joins the axes that a weight is sharded on, so `dense` has fsdp and tp."""
 
     degrees: ParallelDims
     world: DeviceMesh  # pp, dp_replicate, dp_shard, cp, tp
