@@ -104,9 +104,9 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
     results = []
     for arguments in cases:
         config = load_config(arguments)
-        mesh = train.build_mesh(train.degrees_of(config), "cpu", dist.get_world_size())
+        mesh = train.build_mesh("cpu", dist.get_world_size(), **config.parallelism.degrees)
         args = get_model_args(**vars(config.model), initial_hf_folder=config.checkpoint.initial_load_path)
-        stages = train.build_stages(config, args, mesh, "cpu", log=lambda _: None)
+        stages = train.build_stages(config, args, mesh, 8, log=lambda _: None)
         counted.clear()
         for stage in stages:
             stage.to_empty(device="cpu")
