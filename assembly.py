@@ -5,13 +5,10 @@ from dataclasses import replace
 import torch
 
 from config import Config
-from data import build_dataset
 from errors import ConfigError
 from hf import model_args_of_folder, require_same_model
 from model import ModelArgs, Transformer, get_flavor
-from parallelize import ParallelDims, ParallelMesh, apply_float8, parallelize, parallelize_pipeline, shard_sequence
-from resilience.process_group import first_on_each_machine, require_equal_on_all_ranks
-from training.validation import Validation
+from parallelize import ParallelDims, ParallelMesh, apply_float8, parallelize, parallelize_pipeline
 
 
 def words(text: str) -> list[str]:
@@ -105,48 +102,3 @@ def check_data_fits_model(model_args, tokenizer, seq_len: int) -> None:
             f"training.seq_len ({seq_len}) is longer than model.max_seq_len ({model_args.max_seq_len}); shorten it, or "
             "raise model.max_seq_len if longer positions are meant."
         )
-
-
-def build_validation(
-    config: Config, dataset, tokenizer, stages, forward, mesh: ParallelMesh, device
-) -> Validation | None:
-    """What measures the loss of held-out sequences, or None."""
-    options, training = config.validation, config.training
-    if not options.enable:
-        return None
-    sample = dataset.held_out_sample
-    if not holds_out(config):
-        with first_on_each_machine():
-            own = build_dataset(
-                options.dataset,
-                options.path,
-                tokenizer,
-                seq_len=training.seq_len,
-                seed=0,
-                packing=config.data.packing,
-                text_key=config.data.text_key,
-                cache_folder=config.data.cache_folder,
-            )
-        require_equal_on_all_ranks(validation=own.fingerprint)
-        if options.samples > len(own):
-            raise ConfigError(f"validation.samples ({options.samples}) is more than there are: use at most {len(own)}.")
-        sample = own.__getitem__
-    return Validation(
-        sample,
-        options.samples,
-        interval=options.interval,
-        last_step=training.steps,
-        batch_size=training.local_batch_size,
-        data_rank=mesh.dp_rank,
-        data_ranks=mesh.dp_degree,
-        forward=forward,
-        place=lambda batch: {k: v.to(device) for k, v in shard_sequence(batch, mesh.cp).items()},
-        stages=stages,
-        loss_mesh=mesh.loss,
-        pp_mesh=mesh.pp,
-    )
-
-
-def holds_out(config: Config) -> bool:
-    """Whether a part of the training data is held out."""
-    return config.validation.enable and config.validation.dataset == "training"

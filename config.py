@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Literal
 
+from data import DatasetName
 from errors import ConfigError
 from model.args import ModelArgs
 from options import option, read_options
@@ -134,11 +135,10 @@ class Checkpoint:
 
 @dataclass
 class Data:
-    dataset: Literal["python_stdlib", "text", "shards"] = option(
+    dataset: DatasetName = option(
         "python_stdlib", "python_stdlib needs no files; text reads path; shards reads what scripts/prepare_data.py made"
     )
-    path: str = option("", "file, folder or glob of text, .jsonl or .parquet files; shards: a folder, or several: A,B")
-    weights: str = option("", "shards: what part of the samples comes from each folder, as in 0.7,0.3; else by size")
+    path: str = option("", "file, folder or glob of text, .jsonl or .parquet files; shards: a folder, or several: A,B or A:0.7,B:0.3")
     packing: Literal["concat", "documents"] = option(
         "concat", "documents in a sequence: one text, or each on its own (no attention across, positions from 0)"
     )
@@ -154,11 +154,13 @@ class Data:
 class Validation:
     enable: bool = option(False, "measure the loss of held-out sequences")
     interval: int = option(500, "steps between two times; the last step is always one", 1)
-    samples: int = option(512, "sequences, every time the same; training never sees them", 1)
-    dataset: Literal["training", "python_stdlib", "text", "shards"] = option(
-        "training", "where they come from: a part held out of the training data, or data of its own"
-    )
-    path: str = option("", "as data.path, of a dataset of its own")
+    num_sequences: int = option(512, "sequences, every time the same; training never sees them", 1)
+    path: str = option("", "where they come from: a corpus's folder, or text; empty: held out of the training data")
+
+    @property
+    def num_held_out(self) -> int:
+        """Sequences of the training data that are held out."""
+        return self.num_sequences if self.enable and not self.path else 0
 
 
 @dataclass
@@ -210,8 +212,6 @@ def _check(config: Config) -> None:
         )
     p, recompute = config.parallelism, config.activation_checkpoint
     for option_name, takes_effect, needed in (
-        ("data.weights", config.data.dataset == "shards", "data.dataset shards"),
-        ("validation.path", config.validation.dataset != "training", "validation.dataset text"),
         *(
             (f"checkpoint.{key}", config.checkpoint.enable, "checkpoint.enable true")
             for key in ("load_step", "async_mode", "keep_every", "last_save_model_only")

@@ -20,17 +20,15 @@ import torch.distributed as dist
 
 from assembly import (
     build_stages,
-    build_validation,
     check_data_fits_model,
     degrees_of,
     global_batch_size_of,
-    holds_out,
     model_args_of,
     words,
 )
 from checkpoint import CheckpointManager, ModelState
 from config import Config, load_config
-from data import build_dataset, build_loader, build_tokenizer
+from data import build_dataset, build_loader, build_tokenizer, build_validation_samples
 from model import flops_per_token, mtp_targets, num_params
 from options import save_config
 from parallelize import (
@@ -60,6 +58,7 @@ from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
 from training.optimizer import build_optimizer, clip_grad_norm
+from training.validation import Validation
 
 
 def main(config: Config) -> int:
@@ -92,15 +91,24 @@ def main(config: Config) -> int:
             seq_len=training.seq_len,
             seed=training.seed,
             packing=config.data.packing,
-            held_out=config.validation.samples if holds_out(config) else 0,
-            weights=config.data.weights,
+            num_held_out=config.validation.num_held_out,
             text_key=config.data.text_key,
             cache_folder=config.data.cache_folder,
         )
-    data_fingerprint = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
-    if holds_out(config):
-        data_fingerprint += f" held out {config.validation.samples}"
-    require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=data_fingerprint)
+        validation_samples = build_validation_samples(
+            config.validation.path,
+            dataset,
+            tokenizer,
+            num_sequences=config.validation.num_sequences,
+            text_key=config.data.text_key,
+            cache_folder=config.data.cache_folder,
+        )
+    data_fingerprint = dataset.fingerprint
+    require_equal_on_all_ranks(
+        configuration=str({**vars(config), "job": None}),
+        data=data_fingerprint,
+        validation=validation_samples.fingerprint,
+    )
     global_batch_size = global_batch_size_of(config, mesh)
 
     # What is trained. 1) shapes, on meta: this rank's part of the model
@@ -157,8 +165,8 @@ def main(config: Config) -> int:
         dataset,
         global_batch_size=global_batch_size,
         local_batch_size=training.local_batch_size,
-        data_rank=mesh.dp_rank,
-        data_ranks=mesh.dp_degree,
+        dp_rank=mesh.dp_rank,
+        dp_degree=mesh.dp_degree,
         samples_consumed=samples_consumed,
         num_workers=config.data.num_workers,
     )
@@ -182,7 +190,16 @@ def main(config: Config) -> int:
     )
 
     forward_backward, forward = build_forward_backward(config, stages, mesh, device)
-    validation = build_validation(config, dataset, tokenizer, stages, forward, mesh, device)
+    validation = Validation(
+        validation_samples,
+        interval=config.validation.interval,
+        last_step=training.steps,
+        batch_size=training.local_batch_size,
+        mesh=mesh,
+        forward=forward,
+        to_this_rank=lambda batch: {k: v.to(device) for k, v in shard_sequence(batch, mesh.cp).items()},
+        stages=stages,
+    )
 
     guard, spikes = NonFiniteGuard(parameters, training.max_skipped_steps), LossSpikes()
     keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
@@ -212,11 +229,12 @@ def main(config: Config) -> int:
             balance.forget()
         optimizer.zero_grad()
         step += 1
+        samples_consumed += global_batch_size
         # ------------------------------------------------------------------------------- everything else
         tokens = global_batch_size * training.seq_len
         tokens_seen += tokens
         metrics.count(tokens, loader.take_seconds_waited())
-        held_out = validation.run(step) if validation else {}
+        held_out = validation.maybe_run(step)
         if metrics.is_log_step(step) or held_out:
             mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
             metrics.log(
@@ -234,7 +252,7 @@ def main(config: Config) -> int:
             if spike:
                 log(spike)
         numbers = dict(
-            tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, data_fingerprint=data_fingerprint
+            tokens_seen=tokens_seen, samples_consumed=samples_consumed, data_fingerprint=data_fingerprint
         )
         checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
         stop = signals.answer()
