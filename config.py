@@ -138,7 +138,9 @@ class Data:
     dataset: DatasetName = option(
         "python_stdlib", "python_stdlib needs no files; text reads path; shards reads what scripts/prepare_data.py made"
     )
-    path: str = option("", "file, folder or glob of text, .jsonl or .parquet files; shards: a folder, or several: A,B or A:0.7,B:0.3")
+    path: str = option(
+        "", "file, folder or glob of text, .jsonl or .parquet files; shards: a folder, or several: A,B or A:0.7,B:0.3"
+    )
     packing: Literal["concat", "documents"] = option(
         "concat", "documents in a sequence: one text, or each on its own (no attention across, positions from 0)"
     )

@@ -251,9 +251,7 @@ def main(config: Config) -> int:
             spike = spikes.warning(step, mean_loss)
             if spike:
                 log(spike)
-        numbers = dict(
-            tokens_seen=tokens_seen, samples_consumed=samples_consumed, data_fingerprint=data_fingerprint
-        )
+        numbers = dict(tokens_seen=tokens_seen, samples_consumed=samples_consumed, data_fingerprint=data_fingerprint)
         checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
         stop = signals.answer()
         if stop and step < training.steps:

@@ -115,7 +115,5 @@ def _weight(folder: str, text: str) -> float:
     except ValueError:
         weight = 0.0
     if not 0 < weight < inf:
-        raise ConfigError(
-            f'data.path: the weight of {folder} ("{text}") must be a positive number, as in A:0.7,B:0.3.'
-        )
+        raise ConfigError(f'data.path: the weight of {folder} ("{text}") must be a positive number, as in A:0.7,B:0.3.')
     return weight

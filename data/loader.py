@@ -117,8 +117,8 @@ def _start(steps: _Steps, first_samples: Iterator[int], num_workers: int) -> Ite
 def _survive_signals(worker: int) -> None:
     """Lets only the training process end a worker: by SIGTERM, or by its own end.
 
-    The signal that asks a run to save and end often reaches all processes of the run. A worker that died of it would end
-    the run with an error. (torch watches os.getppid(), which is a server's number where workers are not forked.)
+    The signal that asks a run to save and end often reaches all processes of the run. A worker that died of it would
+    end the run with an error. (torch watches os.getppid(), which is a server's number where workers are not forked.)
     """
     run = multiprocessing.parent_process()
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it

@@ -1,8 +1,8 @@
 """Documents -> a corpus on disk (data/shards.py): in parallel, and resumable after a kill.
 
-A source is cut into jobs, in an order and of a size that depend on its files alone. Each job becomes a shard. A finished
-shard leaves a note, 00000.json, and the notes together become the index. So a second run makes only the missing shards.
-If two runs work in the same folder at once, they write the same bytes.
+A source is cut into jobs, in an order and of a size that depend on its files alone. Each job becomes a shard. A
+finished shard leaves a note, 00000.json, and the notes together become the index. So a second run makes only the
+missing shards. If two runs work in the same folder at once, they write the same bytes.
 
 Proof: tests/test_shards.py::test_any_number_of_processes_makes_the_same_files,
 tests/test_shards.py::test_killed_prepare_makes_only_missing_shards.
@@ -171,5 +171,5 @@ def _is_there(folder: Path, number: int, shard: TokenShard, bytes_per_id: int) -
 def _require_same(folder: Path, found: str, key: str) -> None:
     if found != key:
         raise ConfigError(
-            f"{folder} holds a corpus of different files, or of a different tokenizer; give another folder, or delete it."
+            f"{folder} holds a corpus of different files or of a different tokenizer; use another folder, or delete it."
         )

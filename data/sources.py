@@ -31,8 +31,8 @@ STDLIB_LEFT_OUT_PREFIXES = (".", "_sysconfigdata", "config-")
 class Source(Protocol):
     """To add a source, write these three methods, and call it in build_source.
 
-    A true stream cannot be a source of a run: sample i must be a pure function of (data, seed, i), so documents are read
-    in one fixed order that can be read again. scripts/prepare_data.py makes a corpus of a stream first."""
+    A true stream cannot be a source of a run: sample i must be a pure function of (data, seed, i), so documents are
+    read in one fixed order that can be read again. scripts/prepare_data.py makes a corpus of a stream first."""
 
     def jobs(self, shard_bytes: int) -> Sequence[Iterable[str]]:
         """The documents in order, cut into picklable jobs of about shard_bytes of text each."""
@@ -173,7 +173,9 @@ def _parquet(piece: FileSlice, text_key: str) -> Iterator[str]:
             f'data.path: {piece.file} has no column of strings "{text_key}" (data.text_key); it has '
             f"{', '.join(file.schema_arrow.names)}."
         )
-    for batch in file.iter_batches(batch_size=1024, columns=[text_key], row_groups=list(range(piece.start, piece.stop))):
+    for batch in file.iter_batches(
+        batch_size=1024, columns=[text_key], row_groups=list(range(piece.start, piece.stop))
+    ):
         yield from batch.column(0).to_pylist()
 
 

@@ -1,8 +1,8 @@
 """Text to token ids and back, by tiktoken: byte-level BPE, so that every text round-trips and no text is unknown.
 
-A tokenizer has three parts. Each token's bytes have a rank: it is the token's id, and lower ranks merge first. A regular
-expression first splits a text into words, and merges never cross words. Special tokens have ids that stand for no text,
-and encoding a text never makes them.
+A tokenizer has three parts. Each token's bytes have a rank: it is the token's id, and lower ranks merge first. A
+regular expression first splits a text into words, and merges never cross words. Special tokens have ids that stand for
+no text, and encoding a text never makes them.
 
 Proof: tests/test_tokenizer.py::test_any_text_round_trips, tests/test_tokenizer.py::test_llama3_file_gets_its_specials.
 """
@@ -87,8 +87,8 @@ class Tokenizer:
         return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays, in parallel, since tiktoken releases the GIL. threads None: chosen by
-        the number of cores."""
+        """encode() of each text, as uint32 arrays, in parallel, since tiktoken releases the GIL. threads None: chosen
+        by the number of cores."""
         pieces = [list(_pieces(text)) for text in texts]
         _ = self._encoding  # made here, before threads race for it
         with ThreadPoolExecutor(threads) as pool:
@@ -96,7 +96,8 @@ class Tokenizer:
             return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special tokens become their names; unknown ids and bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids. Special tokens become their names; unknown ids and bytes that are not UTF-8 become
+        U+FFFD."""
         return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -116,12 +117,12 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
     "bpe_4096"           data/bpe_4096.tiktoken: 4096 ids, trained on Python source text by scripts/train_tokenizer.py
     a tiktoken encoding  by its name, as in "gpt2"; downloaded on first use
     FILE                 in tiktoken's format. A file of 128,000 ranks is Llama 3's tokenizer.model, and gets its 256
-                         special tokens. Any other file gets Llama 3's split pattern, and bos and eos as the next two ids
+                         special tokens. Any other file gets Llama 3's split pattern, and bos and eos after its ranks
     FILE.json            a Hugging Face tokenizer.json, see data/hf_tokenizer.py
     FOLDER               the tokenizer.json or tokenizer.model in it
 
-    Raises ConfigError for an unknown name, a file that is missing or has a different format, and an encoding that is not
-    on this machine and cannot be downloaded.
+    Raises ConfigError for an unknown name, a file that is missing or has a different format, and an encoding that is
+    not on this machine and cannot be downloaded.
     """
     if name_or_path == "byte":
         ranks = {bytes([i]): i for i in range(256)}
@@ -184,7 +185,8 @@ def without_surrogates(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """text in parts of at most MAX_PIECE_CHARS, cut after a line's end if there is a line's end, so that words stay whole."""
+    """text in parts of at most MAX_PIECE_CHARS, cut after a line's end if there is a line's end, so that words stay
+    whole."""
     start = 0
     while len(text) - start > MAX_PIECE_CHARS:
         end = text.rfind("\n", start, start + MAX_PIECE_CHARS) + 1 or start + MAX_PIECE_CHARS
@@ -223,4 +225,6 @@ def _unknown(name: str, encodings: list[str]) -> str:
     if os.sep in name or "." in name:
         return f'tokenizer {name}: no such file or folder; "bpe_4096" and "byte" need none.'
     names = ["byte", *SHIPPED, *encodings]
-    return f'tokenizer "{name}" is unknown;{did_you_mean(name, names)} Valid are {", ".join(names)}, and paths of files.'
+    return (
+        f'tokenizer "{name}" is unknown;{did_you_mean(name, names)} Valid are {", ".join(names)}, and paths of files.'
+    )

@@ -31,9 +31,9 @@ Batch = dict[str, Tensor]
 class Validation:
     """Measures the loss of samples after every interval steps, and after last_step.
 
-    samples[j] is a sequence, {name: [seq_len]}; with no samples, nothing is measured. A batch holds batch_size sequences
-    of this data rank. to_this_rank(batch) is this rank's part of each sequence, on its device. forward(batch) is this
-    rank's part of the batch's summed loss.
+    samples[j] is a sequence, {name: [seq_len]}; with no samples, nothing is measured. A batch holds batch_size
+    sequences of this data rank. to_this_rank(batch) is this rank's part of each sequence, on its device. forward(batch)
+    is this rank's part of the batch's summed loss.
     """
 
     def __init__(
