@@ -1,8 +1,7 @@
 """Samples: windows of token streams. Sample i is a pure function of (data, seed, i), in any process, in any order.
 
 Proof: tests/test_samples.py::test_samples_are_the_same_in_any_process,
-tests/test_samples.py::test_windows_cover_the_stream, tests/test_mixtures.py::test_epoch_reads_each_window_once,
-tests/test_validation.py::test_held_out_sequences_are_not_samples.
+tests/test_mixtures.py::test_epoch_reads_each_window_once.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,6 +51,7 @@ class TokenDataset(Dataset):
         weights: Sequence[float] | None = None,
     ) -> None:
         self.corpora, self.seq_len, self.seed, self.packing = corpora, seq_len, seed, packing
+        # Of each corpus: windows, and windows that are held out.
         self.num_windows = [(corpus.num_tokens - 1) // seq_len for corpus in corpora]
         for corpus, windows in zip(corpora, self.num_windows, strict=True):
             if windows < 1:

@@ -1,7 +1,6 @@
 """A dataset of Hugging Face's `datasets` (optional), as a source for scripts/prepare_data.py.
 
-A run does not read it: sample i must be a pure function of (data, seed, i), and a stream has no sample i. The script
-reads the stream once, into a corpus on disk.
+The script reads the stream once, into a corpus on disk. A run cannot read a stream, because a stream has no sample i.
 
 Proof: tests/test_data.py::test_hf_stream_makes_a_job_per_shard.
 """
@@ -29,8 +28,7 @@ class HFStream:
         return repr(self).replace("HFStream(", "Stream(", 1)
 
     def jobs(self, shard_bytes: int) -> list["HFStreamJob"]:
-        """A job for each of the dataset's shards; shard_bytes is not used, since a shard's size is not known before it
-        is read."""
+        """A job for each of the dataset's shards. shard_bytes is not used: their sizes are not known in advance."""
         return [HFStreamJob(self, number) for number in range(self.load().num_shards)]
 
     def load(self):

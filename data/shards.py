@@ -12,12 +12,10 @@ truncated, or missing               when a run opens the corpus: every file's si
 changed, with its size kept         when a run reads the changed block, before it trains on it: by the block's CRC
 any of these, or a wrong index      by `scripts/prepare_data.py --verify FOLDER`, which reads everything
 
-Opening a corpus looks up the size of each file. Reading a sample reads one or two blocks. Neither cost grows with the
-corpus. Files are read by position and not mapped into memory: if a mapped file shrinks, the process is killed without a
-message.
+Opening a corpus looks up the size of each file, and reading a sample reads one or two blocks, for a corpus of any size.
+Files are not mapped into memory: if a mapped file shrinks, the process is killed without a message.
 
-Proof: tests/test_shards.py::test_truncated_shard_is_noticed_at_start,
-tests/test_shards.py::test_changed_shard_is_noticed_before_training,
+Proof: tests/test_shards.py::test_changed_shard_is_noticed_before_training,
 tests/test_shards.py::test_opening_a_large_corpus_reads_no_tokens.
 """
 

@@ -3,7 +3,6 @@
 A source is cheap to make: it lists files and reads none. A user's mistake is a ConfigError of one line.
 
 Proof: tests/test_data.py::test_text_source_reads_a_file_a_folder_or_a_glob,
-tests/test_data.py::test_python_stdlib_holds_the_library_alone,
 tests/test_data.py::test_cut_jsonl_file_gives_each_line_once.
 """
 
@@ -29,7 +28,7 @@ STDLIB_LEFT_OUT_PREFIXES = (".", "_sysconfigdata", "config-")
 
 
 class Source(Protocol):
-    """To add a source, write these three methods, and call it in build_source.
+    """To add a source, write these three methods, and add its name to DatasetName and to build_source.
 
     A true stream cannot be a source of a run: sample i must be a pure function of (data, seed, i), so documents are
     read in one fixed order that can be read again. scripts/prepare_data.py makes a corpus of a stream first."""
@@ -81,6 +80,10 @@ class FileSource:
     def __init__(self, root: Path, files: set[Path], *, text_key: str, skip_unreadable: bool) -> None:
         self.root, self.files = root.absolute(), sorted(files, key=Path.as_posix)
         self.text_key, self.skip_unreadable = text_key, skip_unreadable
+        if text_key != "text" and not any(file.suffix in (".jsonl", ".parquet") for file in files):
+            raise ConfigError(
+                f'data.text_key ("{text_key}") has no effect: no .jsonl or .parquet file is read; leave it out.'
+            )
 
     def __str__(self) -> str:
         return f"the {len(self.files)} file(s) of {self.root}"
@@ -106,8 +109,18 @@ class FileSource:
         return [ShardJob(tuple(slices), self.text_key, self.skip_unreadable) for slices in [*jobs, slices]]
 
     def _slices(self, file: Path, shard_bytes: int) -> Iterator[tuple[FileSlice, int]]:
+        """The file's slices, each with its approximate bytes."""
         try:
-            yield from _slices(file, file.stat().st_size, shard_bytes)
+            size = file.stat().st_size
+            if file.suffix == ".parquet":
+                metadata = _parquet_file(file).metadata
+                for group in range(metadata.num_row_groups):
+                    yield FileSlice(file, group, group + 1), metadata.row_group(group).total_byte_size
+            elif file.suffix == ".jsonl" and size > shard_bytes:
+                for start in range(0, size, shard_bytes):
+                    yield FileSlice(file, start, min(start + shard_bytes, size)), shard_bytes
+            else:
+                yield FileSlice(file, 0, size), size
         except OSError as error:
             if not self.skip_unreadable:
                 raise ConfigError(_unreadable(file, error)) from None
@@ -115,19 +128,6 @@ class FileSource:
     def __iter__(self) -> Iterator[str]:
         for job in self.jobs(2**62):
             yield from job
-
-
-def _slices(file: Path, size: int, shard_bytes: int) -> Iterator[tuple[FileSlice, int]]:
-    """The file's slices, each with its approximate bytes."""
-    if file.suffix == ".parquet":
-        metadata = _parquet_file(file).metadata
-        for group in range(metadata.num_row_groups):
-            yield FileSlice(file, group, group + 1), metadata.row_group(group).total_byte_size
-    elif file.suffix == ".jsonl" and size > shard_bytes:
-        for start in range(0, size, shard_bytes):
-            yield FileSlice(file, start, min(start + shard_bytes, size)), shard_bytes
-    else:
-        yield FileSlice(file, 0, size), size
 
 
 def _text(piece: FileSlice, text_key: str) -> Iterator[str]:
@@ -202,19 +202,13 @@ def build_source(dataset: DatasetName, path: str, text_key: str = "text") -> Fil
     if dataset == "python_stdlib":
         if path:
             raise ConfigError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')
-        source = _python_stdlib(text_key)
-    else:
-        assert dataset == "text", dataset
-        if not path:
-            raise ConfigError(
-                'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'
-            )
-        source = _text_files(path, text_key)
-    if text_key != "text" and not any(file.suffix in (".jsonl", ".parquet") for file in source.files):
+        return _python_stdlib(text_key)
+    assert dataset == "text", dataset
+    if not path:
         raise ConfigError(
-            f'data.text_key ("{text_key}") has no effect: no .jsonl or .parquet file is read; leave it out.'
+            'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'
         )
-    return source
+    return _text_files(path, text_key)
 
 
 def _python_stdlib(text_key: str) -> FileSource:
