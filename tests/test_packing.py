@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers.layouts import V3
 from helpers.runs import TINY
-from test_data import BYTE
+from helpers.texts import BYTE
 
 from config import load_config
 from data import build_dataset
