@@ -11,11 +11,9 @@ build.py                        the names and paths that a user writes to a data
 from data.build import build_dataset, build_validation_samples
 from data.dataset import TokenDataset
 from data.loader import build_loader
-from data.sources import DatasetName
 from data.tokenizer import Tokenizer, build_tokenizer
 
 __all__ = [
-    "DatasetName",
     "TokenDataset",
     "Tokenizer",
     "build_dataset",

@@ -10,7 +10,7 @@ from pathlib import Path
 from data.dataset import FixedSamples, TokenDataset
 from data.prepare import cache_key, prepare
 from data.shards import Corpus
-from data.sources import DatasetName, build_source
+from data.sources import build_source
 from data.tokenizer import Tokenizer
 from errors import ConfigError
 
@@ -18,7 +18,7 @@ CACHE_FOLDER = "outputs/cache"
 
 
 def build_dataset(
-    dataset: DatasetName,
+    dataset: str,
     path: str,
     tokenizer: Tokenizer,
     *,

@@ -15,11 +15,9 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 from errors import ConfigError
-
-DatasetName = Literal["python_stdlib", "text", "shards"]  # shards are corpora on disk, which have no Source
 
 # Test folders are left out because some distributions leave them out of the library, and the text should be the same.
 # _sysconfigdata* and config-* are written when Python is built, and hold that machine's paths.
@@ -28,7 +26,7 @@ STDLIB_LEFT_OUT_PREFIXES = (".", "_sysconfigdata", "config-")
 
 
 class Source(Protocol):
-    """To add a source, write these three methods, and add its name to DatasetName and to build_source.
+    """To add a source, write these three methods, and add its name to `data.dataset` in config.py and to build_source.
 
     A true stream cannot be a source of a run: sample i must be a pure function of (data, seed, i), so documents are
     read in one fixed order that can be read again. scripts/prepare_data.py makes a corpus of a stream first."""
@@ -191,7 +189,7 @@ def _parquet_file(path: Path):
         raise ConfigError(f"data.path: {path} is not a Parquet file, or not a complete one.") from None
 
 
-def build_source(dataset: DatasetName, path: str, text_key: str = "text") -> FileSource:
+def build_source(dataset: str, path: str, text_key: str = "text") -> FileSource:
     """The source of "python_stdlib", which has no path, or of "text", whose path is a file, a folder or a glob.
 
     python_stdlib is the source text of the running Python's standard library, about 12 MB, without its tests.
