@@ -209,7 +209,7 @@ def main(config: Config) -> int:
             balance.update()
             sync_derived_weights(stages, shared)
         else:
-            balance.forget()
+            balance.reset()
         optimizer.zero_grad()
         step += 1
         # ------------------------------------------------------------------------------- everything else

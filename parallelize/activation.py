@@ -34,7 +34,6 @@ Proof: tests/test_activation.py.
 """
 
 from collections import Counter
-from functools import partial
 from types import MethodType
 
 import torch
@@ -118,10 +117,9 @@ def _recompute_cheap(model: nn.Module) -> None:
             continue
         # Of a mixture, each on its own: experts may be sharded by FSDP apart from the block, and what its hooks do on
         # the way would be operations of the block, other ones when it is recomputed.
-        for module in (block.attention, block.moe.shared_experts):
+        for module in (block.attention, block.moe.shared_experts, block.moe.experts.compute):
             if module is not None:
                 module.forward = MethodType(_forward_recomputing_cheap, module)
-        block.moe.experts.compute = partial(_recomputing_cheap, block.moe.experts.compute)
 
 
 # A method and not a closure over the block: a copied block calls itself, and the compiler sees the same function in

@@ -42,14 +42,11 @@ def apply_compile(
         for module in (block.attention, moe.router, moe.shared_experts):
             if module is not None:
                 module.compile(**options)
-        moe.combine = torch.compile(moe.combine, **options)
+        moe.combine.compile(**options)
         if compiles_experts:
             # How many rows arrive is another number each time.
-            moe.experts.compute = torch.compile(moe.experts.compute, **options | dict(dynamic=True))
+            moe.experts.compute.compile(**options | dict(dynamic=True))
     if model.output is not None:
         # The loss of a chunk, in two parts: between them, ranks that share the vocabulary exchange what they found.
-        core = model.output.core
-        core.statistics, core.gradient = (
-            torch.compile(core.statistics, **options),
-            torch.compile(core.gradient, **options),
-        )
+        for part in model.output.core.children():
+            part.compile(**options)

@@ -42,7 +42,7 @@ from torch.distributed.tensor import Shard
 
 from errors import ConfigError
 from model.args import ModelArgs
-from model.moe import Take, inverse_of
+from model.moe import Permute, inverse_permutation
 from parallelize.styles import LocalWeights, SumOverRanks
 from torch_private import all_to_all_single_autograd
 
@@ -55,7 +55,7 @@ def parallelize_experts(model: nn.Module, mesh: DeviceMesh, sequence: DeviceMesh
         require_divisible(model.args, mesh.size())
     for moe in mixtures:
         if sequence.size() > 1 and model.args.balance_loss_weight > 0:
-            moe.router.of_sequence = SumOverRanks(sequence)
+            moe.router.reduce_counts = SumOverRanks(sequence)
         if mesh.size() > 1:
             LocalWeights(Shard(0))._apply(moe.experts, mesh)
             exchange = TokenDispatcher(mesh)
@@ -81,13 +81,13 @@ class TokenDispatcher:
             expert = torch.arange(num_experts, device=rows.device).repeat(self.size)
             expert = expert.repeat_interleave(received_PE.flatten(), output_size=sum(self.received))
             self.order = expert.argsort(stable=True)
-            self.place = inverse_of(self.order)
+            self.place = inverse_permutation(self.order)
         rows = all_to_all_single_autograd(rows, self.received, self.sent, self.group)
-        return Take.apply(rows, self.order, self.place, 1), received_PE.sum(0)
+        return Permute.apply(rows, self.order, self.place, 1), received_PE.sum(0)
 
     def combine(self, rows: Tensor) -> Tensor:
         """The experts' results, each where its row came from."""
-        rows = Take.apply(rows, self.place, self.order, 1)
+        rows = Permute.apply(rows, self.place, self.order, 1)
         return all_to_all_single_autograd(rows, self.sent, self.received, self.group)
 
 

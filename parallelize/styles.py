@@ -32,8 +32,8 @@ class LocalWeights(ParallelStyle):
             return weight.to_local(grad_placements=gradient)
 
         if isinstance(module, Router | Experts):
-            compute = module.compute
-            module.compute = lambda *args: compute(*(local(a) if isinstance(a, DTensor) else a for a in args))
+            seam = module.gate if isinstance(module, Router) else module.compute
+            seam.register_forward_pre_hook(lambda _, xs: tuple(local(x) if isinstance(x, DTensor) else x for x in xs))
         elif isinstance(module, nn.RMSNorm):
             module.forward = lambda x: F.rms_norm(x, module.normalized_shape, local(module.weight), module.eps)
         elif type(module) is nn.Linear:

@@ -153,7 +153,7 @@ class VocabParallelCrossEntropy(HeadCore):
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         rows = weight.to_local()
         first_id = self.mesh.get_local_rank() * rows.size(0)
-        return loss_in_chunks(h.flatten(0, -2), rows, labels.flatten(), first_id, self)
+        return loss_in_chunks(h, rows, labels, first_id, self)
 
     def gather(self, stats: Tensor) -> Tensor:
         return DTensor.from_local(stats[None], self.mesh, [Shard(0)], run_check=False).full_tensor()
