@@ -11,20 +11,12 @@ It is written for one device and knows of no other. Parallelism is applied to it
     feed_forward    w1, w2, w3
     moe             router, experts.{w1, w2, w3}, shared_experts.{w1, w2, w3}
 
-Some of the modules are seams. They have no parameters; they are where parallelism, compile or activation checkpointing
-comes in, by replacing the module, compiling it or hooking it:
-
-    document_mask                    DocumentMask        which tokens attend to which, where documents share a sequence
-    attention.core                   CoreAttention       softmax(q k^T) v
-    attention.latent                 Identity            latent of the keys and values, before wkv_b widens it
-    moe.router.gate                  GateLogits          the router's product, given x and the router's weight
-    moe.router.reduce_counts         Identity            counts of the tokens here -> counts of whole sequences
-    moe.experts.compute              GroupedExperts      the experts' products, given rows, counts and weights
-    moe.combine                      Combine             weighted sum of a token's expert outputs
-    output.core                      HeadCore            logits and loss, given h and the head's weight
-    output.core.reference_loss       ReferenceLoss       the loss of all tokens at once
-    output.core.logits_and_stats     LogitsAndStats      the two halves of a chunk's loss; between them, ranks that
-    output.core.loss_and_grad_logits LossAndGradLogits   share the vocabulary exchange statistics
+Seams are modules without parameters. Parallelism, compile and activation checkpointing come in there: they replace the
+module, compile it or hook it. They are document_mask (which tokens attend to which), attention.core (softmax(q k^T) v),
+attention.latent (the latent of keys and values), moe.router.gate (the router's product with its weight),
+moe.router.reduce_counts (counts of the tokens here -> of whole sequences), moe.experts.compute (the experts' products),
+moe.combine (weighted sum of a token's expert outputs) and output.core (logits and loss) with its parts reference_loss,
+logits_and_stats and loss_and_grad_logits.
 """
 
 import torch
