@@ -1,17 +1,22 @@
-"""Reads and writes a dataclass of dataclasses as TOML sections and `--section.key value` options, strictly.
+"""A strict reader and writer of options: a dataclass of dataclasses, as TOML `[section]` tables and as
+`--section.key value` on the command line.
 
-Nothing is guessed and nothing ignored: an unknown section or key, a value of the wrong type or out of range is a
-ValueError of one line that says where, what was expected and what was given.
+Nothing is guessed and nothing is ignored. An unknown section or key, a value of the wrong type or out of range, and an
+option without effect are a ConfigError of one line, which says where it stands, what was expected and what was given.
+
+Proof: tests/test_config.py::test_mistake_in_a_file_is_one_line,
+tests/test_config.py::test_option_without_what_it_needs_is_refused.
 """
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-from errors import ConfigError
+from errors import ConfigError, did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -19,29 +24,79 @@ else:
     import tomli as tomllib
 
 
-def option(default: Any, help: str, at_least: float | None = None, at_most: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "at_least": at_least, "at_most": at_most})
+def option(
+    default: Any,
+    help: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    needs: str | tuple[str, ...] = (),
+) -> Any:
+    """A field of a section. `needs` is what must be set for the option to have an effect, as it is written on the
+    command line: "compile.enable true", "activation_checkpoint.mode selective or memory_budget", or, where anything but
+    the default will do, an example: "parallelism.pipeline_parallel_degree 2". A tuple means all of them."""
+    needs = (needs,) if isinstance(needs, str) else needs
+    metadata = {"help": help, "at_least": at_least, "at_most": at_most, "needs": needs}
+    if isinstance(default, list):  # each configuration gets a list of its own
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(kind: type, help: str) -> Any:
+    """A field that holds a section, with its heading in the help."""
+    return field(default_factory=kind, metadata={"help": help})
+
+
+class Option(NamedTuple):
+    """An option as `list_options` finds it."""
+
+    section: str
+    key: str
+    kind: Any  # its type
+    default: Any
+    help: str
+    at_least: float | None
+    at_most: float | None
+    needs: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.section}.{self.key}"
+
+
+def list_options(config: Any) -> Iterator[Option]:
+    """All options in the order of their declaration; config is the dataclass of sections, or an instance of it."""
+    for section in fields(config):
+        table = section.default_factory()
+        kinds = get_type_hints(type(table))
+        for f in fields(table):
+            yield Option(section.name, f.name, kinds[f.name], getattr(table, f.name), **f.metadata)
+
+
+# ------------------------------------------------------------------------------------------------- reading
 
 
 def read_options(config: Any, argv: list[str]) -> None:
-    """Sets config's options from a command line, over those of the TOML file that it names. ValueError, in one line,
+    """Sets config's options from a command line, over those of the TOML file that it names. ConfigError, in one line,
     for whatever is wrong with them."""
+    options = {option.name: option for option in list_options(config)}
     given = _parse_command_line(config, argv)
     config_file = given.get("job.config_file")
     if config_file is not None:
         for section, table in _read_toml(config_file).items():
             if not is_dataclass(getattr(config, section, None)):
-                raise ConfigError(
-                    f"{config_file}: [{section}] is not a section; {_nearest(section, _sections(config))}"
-                )
+                raise ConfigError(f"{config_file}: [{section}] is not a section;{_section_hint(config, section)}")
             if not isinstance(table, dict):
                 raise ConfigError(f"{config_file}: {section} is a section, so write [{section}] and its keys below.")
             for key, value in table.items():
                 if (section, key) == ("job", "config_file"):
                     raise ConfigError(f"{config_file}: job.config_file belongs on the command line.")
-                _set(config, f"{section}.{key}", value, where=f"{config_file}: ")
+                _set(config, options, f"{section}.{key}", value, where=f"{config_file}: ")
     for name, text in given.items():
-        _set(config, name, text, where="--", is_text=True)
+        _set(config, options, name, text, where="--", is_text=True)
+    for option in options.values():
+        for needed in option.needs:
+            if _value(config, option) != option.default and not _is_met(config, options, needed):
+                raise ConfigError(f"{option.name} has no effect without {needed}; add --{needed}.")
 
 
 def _parse_command_line(config: Any, argv: list[str]) -> dict[str, str]:
@@ -49,10 +104,12 @@ def _parse_command_line(config: Any, argv: list[str]) -> dict[str, str]:
     while rest:
         argument = rest.pop(0)
         if argument in ("-h", "--help"):
-            print(help_text(config))
+            print(help_text(config, rest[0] if rest and not rest[0].startswith("-") else None))
             sys.exit(0)
         if not argument.startswith("--"):
-            raise ConfigError(f'"{argument}" is not an option; options are written --section.key value.')
+            is_file = argument.endswith(".toml")
+            cure = f"write --job.config_file {argument}" if is_file else "options are written --section.key value"
+            raise ConfigError(f'"{argument}" is not an option; {cure}.')
         name, equals, text = argument[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
@@ -72,42 +129,50 @@ def _read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None
 
 
-def _sections(config: Any) -> list[str]:
-    return [f.name for f in fields(config)]
+def _section_hint(config: Any, name: str) -> str:
+    sections = [f.name for f in fields(config)]
+    return did_you_mean(name, sections, cutoff=0.5) or f" sections are {', '.join(sections)}."
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}."
+def _option_hint(options: dict[str, Option], name: str) -> str:
+    """The options that a wrong name may mean: the same key in another section, else the nearest key in its section."""
+    section, _, key = name.rpartition(".")
+    siblings = [option for option in options.values() if option.section == section]
+    near = [option.name for option in options.values() if option.key == key]
+    if not near:
+        candidates = siblings or list(options.values())
+        keys = get_close_matches(key, [option.key for option in candidates], n=1)
+        near = [option.name for option in candidates if option.key in keys]
+    if near:
+        return f"did you mean {' or '.join(near)}?"
+    return f"--help {section} lists the section's options." if siblings else "--help lists all options."
 
 
-def _set(config: Any, name: str, value: Any, where: str, is_text: bool = False) -> None:
-    section, _, key = name.partition(".")
-    table = getattr(config, section, None) if section in _sections(config) else None
-    known = {f.name: f for f in fields(table)} if table else {}
-    if key not in known:
-        names = [f"{section}.{key}" for key in known] if table else [n for n, *_ in _options(config)]
-        near = get_close_matches(name, names, n=1, cutoff=0.6)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all of them."
-        raise ConfigError(f"{where}{name} is not an option; {hint}")
-    kind = get_type_hints(type(table))[key]
+def _set(config: Any, options: dict[str, Option], name: str, value: Any, where: str, is_text: bool = False) -> None:
+    if name not in options:
+        raise ConfigError(f"{where}{name} is not an option; {_option_hint(options, name)}")
+    option = options[name]
     if is_text:
-        value = _from_text(value, kind)
-    value = _checked(value, kind, f"{where}{name}")
-    at_least, at_most = (known[key].metadata.get(bound) for bound in ("at_least", "at_most"))
-    if at_least is not None and value < at_least:
-        raise ConfigError(f"{where}{name}: expected at least {at_least}, given {value}.")
-    if at_most is not None and value > at_most:
-        raise ConfigError(f"{where}{name}: expected at most {at_most}, given {value}.")
-    setattr(table, key, value)
+        value = _from_text(value, option.kind)
+    value = _checked(value, option.kind, f"{where}{name}")
+    if option.at_least is not None and not value >= option.at_least:
+        raise ConfigError(f"{where}{name}: expected at least {option.at_least}, given {value}.")
+    if option.at_most is not None and not value <= option.at_most:
+        raise ConfigError(f"{where}{name}: expected at most {option.at_most}, given {value}.")
+    setattr(getattr(config, option.section), option.key, value)
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """A value as written in TOML; what is not TOML is a bare word, and so is anything where text is expected."""
+    """A value as written in TOML. What is not TOML is a bare word, and so is anything where text is expected; where a
+    list is expected, a bare word is a list of one."""
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        value = text
+    if get_origin(kind) is list:
+        if isinstance(value, list) or text.startswith("[") or "," in text:  # a list, or a list without its quotes
+            return value
+        return [value if isinstance(value, str) else text]
     return value if isinstance(value, str) or not _accepts_text(kind) else text
 
 
@@ -116,7 +181,7 @@ def _accepts_text(kind: Any) -> bool:
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
-    """value as `kind`, or ValueError. TOML's integers pass for floats; nothing else is converted."""
+    """value as `kind`, or ConfigError. TOML's integers pass for floats; nothing else is converted."""
     if get_origin(kind) is UnionType:
         (kind,) = (k for k in get_args(kind) if k is not NoneType)
         return _checked(value, kind, where)
@@ -126,6 +191,9 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
     elif get_origin(kind) is tuple:
         if isinstance(value, list) and len(value) == len(get_args(kind)):
             return tuple(_checked(v, k, where) for v, k in zip(value, get_args(kind), strict=True))
+    elif get_origin(kind) is list:
+        if isinstance(value, list) and all(type(v) is get_args(kind)[0] for v in value):
+            return value
     elif kind is float and type(value) in (int, float):
         return float(value)
     elif type(value) is kind:
@@ -134,6 +202,20 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
         to_toml(value) if isinstance(value, str | bool | int | float | list) else f"{value} ({type(value).__name__})"
     )
     raise ConfigError(f"{where}: expected {type_name(kind)}, given {given}.")
+
+
+def _value(config: Any, option: Option) -> Any:
+    return getattr(getattr(config, option.section), option.key)
+
+
+def _is_met(config: Any, options: dict[str, Option], needed: str) -> bool:
+    """Whether an option has a value that `needed` names; a number, a path or a name: any but its default."""
+    name, _, values = needed.partition(" ")
+    option = options[name]
+    value = _value(config, option)
+    if option.kind is bool or get_origin(option.kind) is Literal:
+        return to_toml(value).strip('"') in values.split(" or ")
+    return value != option.default
 
 
 # ------------------------------------------------------------------------------------------------- writing
@@ -146,24 +228,27 @@ def type_name(kind: Any) -> str:
         return " | ".join(f'"{choice}"' for choice in get_args(kind))
     if get_origin(kind) is tuple:
         return f"[{', '.join(type_name(k) for k in get_args(kind))}]"
+    if get_origin(kind) is list:
+        return f'["{type_name(get_args(kind)[0])}", ...]'
     return {str: "string", int: "integer", float: "number", bool: "true | false"}[kind]
 
 
-def _options(config: Any) -> list[tuple[str, Any, Any, str]]:
-    """(name, type, default, help) of every option."""
-    rows = []
-    for section in fields(config):
-        table = section.default_factory
-        hints = get_type_hints(table)
-        rows += [(f"{section.name}.{f.name}", hints[f.name], f.default, f.metadata["help"]) for f in fields(table)]
-    return rows
-
-
-def help_text(config: Any) -> str:
-    lines = ["torchrun --nproc_per_node=N train.py --job.config_file FILE.toml [--section.key value ...]", ""]
-    for name, kind, default, text in _options(config):
-        shown = "none" if default is None else to_toml(default)
-        lines += [f"  --{name}  {type_name(kind)}  (default {shown})", f"      {text}"]
+def help_text(config: Any, section: str | None = None) -> str:
+    """Every option of a section, or of all sections."""
+    headings = {f.name: f.metadata["help"] for f in fields(config)}
+    if section is not None and section not in headings:
+        raise ConfigError(f'--help {section}: "{section}" is not a section;{_section_hint(config, section)}')
+    lines = ["torchrun --nproc_per_node=N train.py --job.config_file FILE.toml [--section.key value ...]"]
+    lines += ["The command line wins over the file; values are written as in TOML. --help SECTION shows one section."]
+    for option in list_options(config):
+        if section not in (None, option.section):
+            continue
+        if option.section in headings:
+            lines += ["", f"[{option.section}]: {headings.pop(option.section)}"]
+        shown = "not set" if option.default is None else f"default {to_toml(option.default)}"
+        lines += [f"  --{option.name}  {type_name(option.kind)}  ({shown})", f"      {option.help}"]
+        if option.needs:
+            lines += [f"      needs {' and '.join(option.needs)}"]
     return "\n".join(lines)
 
 

@@ -7,258 +7,217 @@
 Any option of config.py goes on the command line, `--section.key value`; `--help` lists them.
 """
 
-import os
 import sys
 import time
-
-from errors import ConfigError
 
 STARTED = time.perf_counter()  # before torch, whose import is most of a cold start
 
 import torch
 import torch.distributed as dist
 
-from assembly import (
-    build_stages,
-    build_validation,
-    check_data_fits_model,
-    degrees_of,
-    global_batch_size_of,
-    holds_out,
-    model_args_of,
-    words,
-)
-from checkpoint import CheckpointManager, ModelState
+from checkpoint import CheckpointManager, ModelState, TrainState
 from config import Config, load_config
-from data import build_dataset, build_loader, build_tokenizer
-from model import flops_per_token, mtp_targets, num_params
-from options import save_config
+from data import build_dataset, build_held_out, build_loader, build_tokenizer
+from hf import get_model_args
+from limits import check_layout
+from model import ModelArgs, Transformer, add_mtp_targets, flops_per_token, num_params
 from parallelize import (
     ParallelMesh,
     TiedEmbedding,
+    apply_activation_checkpointing,
+    apply_compile,
+    apply_float8,
     build_mesh,
     build_pipeline,
+    check_parameters,
     init_weights,
     materialize,
+    parallelize_context,
+    parallelize_data,
+    parallelize_experts,
+    parallelize_pipeline,
+    parallelize_tensor,
     set_is_last_backward,
     shard_sequence,
     sync_float8_scales,
 )
-from resilience.health import LossSpikes, NonFiniteGuard
-from resilience.lock import FolderLock
-from resilience.process_group import (
-    clean_exit,
-    first_on_each_machine,
-    init_distributed,
-    require_equal_on_all_ranks,
-    set_determinism,
-)
-from resilience.signals import EXIT_PREEMPTED, Preemption
-from resilience.watchdog import Watchdog, record_nccl
+from resilience import NonFiniteGuard, Run, clean_exit
 from training.balance import ExpertLoadBalancer
+from training.gloo import use_direct_messages
 from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
 from training.metrics import Metrics
 from training.optimizer import build_optimizer, clip_grad_norm
+from training.validation import Validation
 
 
 def main(config: Config) -> int:
-    """Trains, and returns the process's exit status: 0 after the last step, EXIT_PREEMPTED after a signal."""
-    training = config.training
-    record_nccl(config.job.dump_folder)
-    device = init_distributed(config.job.device, config.comm.timeout_seconds)
-    if training.enable_cpu_offload and device.type == "cpu":
-        raise ConfigError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
-    if config.parallelism.enable_async_tensor_parallel and device.type == "cpu":
-        raise ConfigError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
-    if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
-        raise ConfigError('checkpoint.async_mode "async_with_pinned_mem" needs a GPU to copy from; use "async".')
-    set_determinism(training.seed, training.deterministic)
-    log = print if dist.get_rank() == 0 else lambda *_, **__: None
-    lock = FolderLock(config.job.dump_folder)
-    signals = Preemption()
-    watchdog = Watchdog(config.job.dump_folder, dist.get_rank())
+    """Trains, and returns the exit status of the process: 0 after the last step, EXIT_PREEMPTED after a signal."""
+    training, p, data = config.training, config.parallelism, config.data
 
-    # The ranks as a five-dimensional grid.
-    mesh = build_mesh(degrees_of(config), device.type, dist.get_world_size())
+    # The process group and this rank's device. Also the lock of the dump folder, the signals that ask the run to stop,
+    # and the watchdog that ends it when a rank fails: resilience/run.py.
+    job, comm = config.job, config.comm
+    run = Run(job.dump_folder, job.device, comm.timeout_seconds, training.seed, training.deterministic)
+    device, log = run.device, run.log
 
-    # What is read: text, through a tokenizer, as samples that depend on nothing but (data, seed, number of the sample).
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    with first_on_each_machine():
+    # The ranks as a grid of five axes: pp x dp_replicate x dp_shard x cp x tp. Drawn in parallelize/mesh.py.
+    mesh = build_mesh(device.type, dist.get_world_size(), **p.degrees)
+    global_batch_size = training.global_batch_size
+    if global_batch_size == -1:
+        global_batch_size = training.local_batch_size * mesh.dp_degree
+
+    # The model's shape, the tokenizer, and whether all of the configuration goes together.
+    initial_hf_folder = config.checkpoint.initial_load_path if config.checkpoint.initial_load_in_hf else ""
+    model_args = get_model_args(initial_hf_folder=initial_hf_folder, **vars(config.model))
+    tokenizer = build_tokenizer(data.tokenizer)
+    check_layout(config, model_args, mesh, tokenizer)
+
+    # Data: sample i is a pure function of (data, seed, i), so every layout trains on the same batches.
+    with run.first_on_each_machine():  # the other ranks find the tokenised text in the cache
+        cache = dict(text_key=data.text_key, cache_folder=data.cache_folder)
+        packed = dict(seq_len=training.seq_len, packing=data.packing)
+        num_held_out = config.validation.num_held_out
         dataset = build_dataset(
-            config.data.dataset,
-            config.data.path,
-            tokenizer,
-            seq_len=training.seq_len,
-            seed=training.seed,
-            packing=config.data.packing,
-            held_out=config.validation.samples if holds_out(config) else 0,
-            weights=config.data.weights,
-            text_key=config.data.text_key,
-            cache_folder=config.data.cache_folder,
+            data.dataset, data.path, tokenizer, seed=training.seed, num_held_out=num_held_out, **packed, **cache
         )
-    data_fingerprint = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
-    if holds_out(config):
-        data_fingerprint += f" held out {config.validation.samples}"
-    require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=data_fingerprint)
-    global_batch_size = global_batch_size_of(config, mesh)
+        held_out = build_held_out(dataset, tokenizer, **vars(config.validation), **packed, **cache)
+    run.require_same_on_all_ranks(config, data=dataset.fingerprint)
 
-    # What is trained. 1) shapes, on meta: this rank's part of the model
-    model_args = model_args_of(config)
-    check_data_fits_model(model_args, tokenizer, training.seq_len)
-    stages = build_stages(config, model_args, mesh, device.type, log)
-    # 2) memory  3) values, the same in any layout
+    # Model. 1) Shapes on meta: this rank's pipeline stages, with every parallelism applied; see build_stages below.
+    stages = build_stages(config, model_args, mesh, global_batch_size, log)
+    # 2) Memory. 3) Values, bitwise the same in any layout.
     for stage in stages:
         materialize(stage, device, cpu_offload=training.enable_cpu_offload)
         init_weights(stage, model_args, training.seed)
-    shared = TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
-    named = [item for stage in stages for item in stage.named_parameters()]
-    parameters = {name: parameter for name, parameter in named if not shared.is_copy(parameter)}
-    balance = ExpertLoadBalancer(stages, mesh.tokens, mesh.pp)
+    tied = TiedEmbedding(stages, mesh.pp, schedule=p.pipeline_parallel_schedule)
+    parameters = tied.unique_parameters(stages)  # by name; a tied weight is in it once
+    balancer = ExpertLoadBalancer(stages, mesh.tokens, mesh.pp)
+    forward_backward, forward = build_forward_backward(config, stages, mesh, device)
 
-    optimizer = build_optimizer(
-        parameters,
-        name=config.optimizer.name,
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-        decay_embeddings=config.optimizer.decay_embeddings,
-    )
+    optimizer = build_optimizer(parameters, **vars(config.optimizer))
 
-    # Where it stands: at the beginning, or where an earlier run has left it.
-    step = tokens_seen = samples_consumed = status = 0
-    checkpoint = CheckpointManager(
-        os.path.join(config.job.dump_folder, config.checkpoint.folder),
-        trained=ModelState(parameters, balance.biases, optimizer, model_args),
-        enable=config.checkpoint.enable,
-        interval=config.checkpoint.interval,
-        async_mode=config.checkpoint.async_mode,
-        keep_latest_k=config.checkpoint.keep_latest_k,
-        keep_every=config.checkpoint.keep_every,
-        last_save_dtype=getattr(torch, config.checkpoint.export_dtype)
-        if config.checkpoint.last_save_model_only
-        else None,
-    )
-    resumed = checkpoint.load(
-        config.checkpoint.load_step,
-        config.checkpoint.initial_load_path,
-        config.checkpoint.initial_load_in_hf,
-        exclude=words(config.checkpoint.exclude_from_loading),
-    )
-    sync_derived_weights(stages, shared)
-    if resumed is not None:
-        step, tokens_seen, samples_consumed = resumed["step"], resumed["tokens_seen"], resumed["samples_consumed"]
-        log(f"resumed at step {step} ({tokens_seen:,} tokens seen)")
-        if resumed["data_fingerprint"] != data_fingerprint:
-            log("warning: data, tokenizer, seed or seq_len is not that checkpoint's; samples go on in the new order")
+    # Resume from a checkpoint, in whatever layout it was saved, or start at step 0.
+    state = TrainState(data_fingerprint=dataset.fingerprint)
+    model_state = ModelState(parameters, balancer.biases, optimizer, model_args)
+    checkpoint = CheckpointManager(config.job.dump_folder, model_state, **vars(config.checkpoint))
+    checkpoint.load(state)
+    sync_derived_weights(stages, tied)
 
-    loader = build_loader(
-        dataset,
-        global_batch_size=global_batch_size,
-        local_batch_size=training.local_batch_size,
-        data_rank=mesh.dp_rank,
-        data_ranks=mesh.dp_degree,
-        samples_consumed=samples_consumed,
-        num_workers=config.data.num_workers,
-    )
-    batches = iter(loader)
-    metrics = Metrics(
-        config.job.dump_folder,
-        is_writer=dist.get_rank() == 0,
-        log_freq=config.metrics.log_freq,
-        total_steps=training.steps,
-        flops_per_token=flops_per_token(model_args, training.seq_len),
-        num_devices=dist.get_world_size(),
-        device=device,
-        enable_tensorboard=config.metrics.enable_tensorboard,
-    )
-    if dist.get_rank() == 0:
-        save_config(config, os.path.join(config.job.dump_folder, "config.toml"))
+    # Batches: a step is a list of microbatches, whose gradients are accumulated.
+    batch_sizes = dict(global_batch_size=global_batch_size, local_batch_size=training.local_batch_size)
+    share = dict(dp_rank=mesh.dp_rank, dp_degree=mesh.dp_degree, samples_consumed=state.samples_consumed)
+    loader = build_loader(dataset, **batch_sizes, **share, num_workers=data.num_workers)
+
+    def to_this_rank(batch: dict) -> dict:
+        """This rank's part of every sequence of a batch, on its device."""
+        batch = add_mtp_targets(batch, model_args.n_mtp_layers)  # while sequences are whole
+        return {k: v.to(device, non_blocking=True) for k, v in shard_sequence(batch, mesh.cp).items()}
+
+    # What observes the run: held-out loss, logs, and the guard against gradients that are not finite.
+    when = dict(interval=config.validation.interval, last_step=training.steps, batch_size=training.local_batch_size)
+    validation = Validation(held_out, stages, mesh, forward, to_this_rank, **when)
+    flops = flops_per_token(model_args, training.seq_len)
+    metrics = Metrics(config.job.dump_folder, device, training.steps, flops, **vars(config.metrics))
+    guard = NonFiniteGuard(parameters, training.max_skipped_steps)
+    run.save_config(config)
     log(
         f"{config.model.flavor}: {num_params(model_args):,} parameters on {dist.get_world_size()} x {device.type}, "
         f"layout {mesh.degrees}; {global_batch_size} sequences of {training.seq_len} tokens a step; "
         f"set up in {time.perf_counter() - STARTED:.1f} s"
     )
 
-    forward_backward, forward = build_forward_backward(config, stages, mesh, device)
-    validation = build_validation(config, dataset, tokenizer, stages, forward, mesh, device)
-
-    guard, spikes = NonFiniteGuard(parameters, training.max_skipped_steps), LossSpikes()
-    keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
-    metrics.start()
-    while step < training.steps:
-        signals.ask()
+    metrics.start(state)
+    while state.step < training.steps and not run.should_stop():
         # ---------------------------------------------------------------------------------------- the step
-        microbatches = [add_mtp_targets(batch, model_args.n_mtp_layers) for batch in next(batches)]
-        microbatches = [shard_sequence(batch, mesh.cp) for batch in microbatches]
-        microbatches = [{k: v.to(device, non_blocking=True) for k, v in batch.items()} for batch in microbatches]
-        num_tokens = count_valid_tokens(microbatches, mesh.loss)
+        microbatches = [to_this_rank(batch) for batch in next(loader)]
+        num_tokens = count_valid_tokens(microbatches, mesh.loss)  # of the whole step: the loss is divided by it once
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(microbatches):
-            set_is_last_backward(stages, is_last=i == len(microbatches) - 1, keeps_weights=keeps_weights)
+            is_last = i == len(microbatches) - 1
+            set_is_last_backward(stages, is_last, reshard_after_backward=p.fsdp_reshard_after_forward == "always")
             loss = loss + forward_backward(batch, num_tokens)
-        shared.reduce_gradient()
+        tied.reduce_gradient()
         grad_norm = clip_grad_norm(parameters.values(), training.max_norm, mesh.pp, device)
-        lr = learning_rate(step, lr=config.optimizer.lr, total_steps=training.steps, **vars(config.lr_scheduler))
         for group in optimizer.param_groups:
-            group["lr"] = lr
-        checkpoint.wait_for_staging()  # of the last save: nothing before this has changed a weight
-        if guard.allows(step + 1, grad_norm, loss):
+            group["lr"] = learning_rate(state.step, group["initial_lr"], training.steps, **vars(config.lr_scheduler))
+        checkpoint.wait_for_staging()  # the last asynchronous save may still be copying the weights
+        if guard.allows(state.step + 1, grad_norm, loss):
             optimizer.step()
-            balance.update()
-            sync_derived_weights(stages, shared)
+            balancer.update()
+            sync_derived_weights(stages, tied)
         else:
-            balance.reset()
+            balancer.reset()
         optimizer.zero_grad()
-        step += 1
+        state.advance(sequences=global_batch_size, tokens=global_batch_size * training.seq_len)
         # ------------------------------------------------------------------------------- everything else
-        tokens = global_batch_size * training.seq_len
-        tokens_seen += tokens
-        metrics.count(tokens, loader.take_seconds_waited())
-        held_out = validation.run(step) if validation else {}
-        if metrics.is_log_step(step) or held_out:
-            mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
+        held_out_loss = validation.maybe_run(state.step)
+        if metrics.is_log_step(state.step) or held_out_loss:
             metrics.log(
-                step,
-                loss=mean_loss,
+                state,
+                loss=sum_over(loss, mesh.loss, mesh.pp).item(),
                 grad_norm=grad_norm,
-                lr=lr,
-                tokens_seen=tokens_seen,
-                experts=balance.report(),
-                validation=held_out,
+                lr=optimizer.param_groups[0]["lr"],
+                data_seconds=loader.take_seconds_waited(),
                 skipped_steps=guard.skipped,
                 failed_saves=checkpoint.failed_saves,
+                **balancer.report(),
+                **held_out_loss,
             )
-            spike = spikes.warning(step, mean_loss)
-            if spike:
-                log(spike)
-        numbers = dict(
-            tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, data_fingerprint=data_fingerprint
-        )
-        checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
-        stop = signals.answer()
-        if stop and step < training.steps:
-            is_saved = config.checkpoint.enable and checkpoint.save(step, **numbers) and checkpoint.wait()
-            log(f"{stop} ended the run after step {step}, which is {'saved' if is_saved else 'NOT saved'}")
-            status = EXIT_PREEMPTED if is_saved or not config.checkpoint.enable else 1
-            break
-    checkpoint.close()
-    if config.checkpoint.enable and checkpoint.saved_step != step:
-        log("error: the last step could not be saved")
-        status = 1
+        checkpoint.maybe_save(state, is_last=state.step == training.steps)
+
+    is_saved = checkpoint.finish(state)  # a run that was asked to stop is saved here
     metrics.close()
-    dist.barrier()  # with it all have done their work, and none takes the end of another for a failure
-    watchdog.close()
-    signals.close()
-    lock.close()
-    return status
+    return run.close(step=state.step, is_done=state.step == training.steps, is_saved=is_saved)
+
+
+def build_stages(
+    config: Config, args: ModelArgs, mesh: ParallelMesh, sequences_per_step: int, log=print
+) -> list[torch.nn.Module]:
+    """This rank's pipeline stages of the model (the model itself without a pipeline), on meta, with every parallelism
+    applied in the one order in which they compose. Each function does nothing where its axis has size 1."""
+    training, p = config.training, config.parallelism
+    with torch.device("meta"):
+        model = Transformer(args, training.loss_chunk_size, sequences_per_step).to(training.torch_dtype)
+    # Before the model is cut into stages, so that float8.skip's patterns are checked against the names of all layers.
+    if line := apply_float8(model, mesh.world.device_type, **vars(config.float8)):
+        log(line)
+    stages = parallelize_pipeline(model, mesh.pp, p.pipeline_parallel_schedule, p.pipeline_parallel_stages_per_rank)
+    for stage in stages:
+        # Attention sees the whole sequence, of which each rank has a part.
+        parallelize_context(stage, mesh.cp, method=p.context_parallel_method, seq_len=training.seq_len)
+        # Each weight matrix is cut, and the activations between the blocks are sharded along the sequence.
+        parallelize_tensor(stage, mesh.tp, use_async=p.enable_async_tensor_parallel)
+        # Experts live on different ranks, and tokens travel to them.
+        parallelize_experts(stage, mesh.ep, mesh.sequence)
+        # Before compile, so that the recomputed region is inside of the graph.
+        apply_activation_checkpointing(stage, **vars(config.activation_checkpoint))
+        # Before FSDP, whose hooks must stay outside of the graphs.
+        separate_experts = mesh.efsdp is not None
+        apply_compile(
+            stage, **vars(config.compile), param_dtype=training.param_dtype, separate_experts=separate_experts
+        )
+        # Last: FSDP, HSDP or replication shards what the others have left of each weight.
+        parallelize_data(
+            stage,
+            mesh.fsdp,
+            mesh.efsdp,
+            param_dtype=training.param_dtype,
+            reduce_dtype=training.reduce_dtype,
+            # A stage runs many forwards and backwards in a row: gathering its weights for each would be slow.
+            reshard_after_forward=p.fsdp_reshard_after_forward == "always" and mesh.degrees.pp == 1,
+            cpu_offload=training.enable_cpu_offload,
+        )
+        if config.comm.direct_messages:
+            use_direct_messages(stage)  # on CPUs: 2 to 3 times as fast as gloo's collectives
+        check_parameters(stage, mesh)  # no parameter was forgotten
+    return stages
 
 
 def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: ParallelMesh, device: torch.device):
-    """A function of (batch, num_tokens): this rank's part of the batch's loss, divided by num_tokens, the valid tokens
-    of the whole step; see training/loss.py. Gradients are summed: over batches, and over ranks. And a
-    function of a batch alone, for where no gradient is wanted: this rank's part of its summed loss."""
+    """Two functions. forward_backward(batch, num_tokens) computes gradients and returns this rank's part of the batch's
+    loss: a sum over tokens, divided by num_tokens before backward, so that every gradient reduction is a plain sum (see
+    training/loss.py). forward(batch) returns the same sum, undivided, for validation."""
     training, p = config.training, config.parallelism
     if mesh.degrees.pp > 1:
         return build_pipeline(
@@ -268,7 +227,7 @@ def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: 
             batch_size=training.local_batch_size,
             microbatch_size=p.pipeline_parallel_microbatch_size,
             seq_len=training.seq_len // (mesh.degrees.cp * mesh.degrees.tp),
-            dtype=getattr(torch, training.mixed_precision_param),
+            dtype=training.param_dtype,
             device=device,
         )
 
@@ -285,14 +244,10 @@ def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: 
     return forward_backward, forward
 
 
-def add_mtp_targets(batch: dict, depth: int) -> dict:
-    """The batch and, for multi-token prediction, the tokens behind each of its tokens: while sequences are whole."""
-    return batch | mtp_targets(batch["tokens"], batch["labels"], depth) if depth else batch
-
-
-def sync_derived_weights(stages, shared) -> None:
-    """What is derived from the weights follows them: the copy of a shared one, and float8's scales."""
-    shared.broadcast_weight()
+def sync_derived_weights(stages: list[torch.nn.Module], tied: TiedEmbedding) -> None:
+    """Updates what is derived from the weights, after these have changed: the last stage's copy of a tied embedding,
+    and the scales of float8 weights."""
+    tied.broadcast_weight()
     for stage in stages:
         sync_float8_scales(stage)
 

@@ -1,8 +1,8 @@
-"""A folder of safetensors files: any rectangle of any tensor read, dequantised if need be; and such a folder written,
-one tensor at a time.
+"""Reads any rectangle of any tensor in a folder of safetensors files, and writes such a folder one tensor at a time.
 
-The format (https://huggingface.co/docs/safetensors): 8 bytes, the header's length; the header, JSON that says each
-tensor's dtype, shape and place; the tensors' bytes. `model.safetensors.index.json` says which file holds which tensor.
+The format (https://huggingface.co/docs/safetensors): 8 bytes with the length of the header; the header, which is JSON
+with the dtype, shape and place of each tensor; the bytes of the tensors. `model.safetensors.index.json` maps the name
+of each tensor to its file.
 """
 
 import json
@@ -15,14 +15,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from errors import ConfigError
-from files import is_plain_name, read_json
+from files import is_plain_name, read_json, write_json
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class TensorReader:
-    """The tensors of a folder by name. ValueError for a folder, a file or a tensor that is not as it should be."""
+    """The tensors of a folder by name. Raises ConfigError for a folder, file or tensor that cannot be read."""
 
     def __init__(self, folder: str):
         self.folder = folder
@@ -40,13 +40,13 @@ class TensorReader:
         self.block = self._read_block_size()
 
     def _read_block_size(self) -> tuple[int, int]:
-        """(rows, columns) of a weight that share one scale, where weights are in float8."""
+        """(rows, columns) of the blocks of a float8 weight that share one scale."""
         quantization = read_json(os.path.join(self.folder, "config.json")).get("quantization_config")
         if quantization is None:
             return 128, 128
         if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
             raise ConfigError(
-                f'{self.folder}: quantised by {json.dumps(quantization)}; only "fp8" in blocks (weight_block_size) is '
+                f'{self.folder}: quantized by {json.dumps(quantization)}; only "fp8" in blocks (weight_block_size) is '
                 "supported."
             )
         return tuple(quantization["weight_block_size"])
@@ -55,22 +55,25 @@ class TensorReader:
         return tuple(self._slice(name).get_shape())
 
     def read(self, name: str, indices: list[Tensor]) -> Tensor:
-        """The elements at indices[d] (int64, 1-D, on the CPU, at least one) of each dimension d; of a float8 weight as
-        float32. What is read from the file is the smallest box that holds them."""
+        """The elements at indices[d] of each dimension d; a float8 weight as float32. Each of indices is int64, 1-D, on
+        the CPU and not empty. Reads the smallest box of the file that contains them."""
         box = [(int(i.min()), int(i.max()) + 1) for i in indices]
         values = self._slice(name)[tuple(slice(*bounds) for bounds in box)]
         if values.dtype == torch.float8_e4m3fn:
-            values = self._dequantised(name, values, box)
+            values = self._dequantize(name, values, box)
         elif values.dtype not in DTYPES:
-            raise ConfigError(f"{self.folder}: {name} is stored as {values.dtype}, which stands for no known values.")
+            known = ", ".join(DTYPES.values())
+            raise ConfigError(
+                f"{self.folder}: {name} is stored as {values.dtype}; only {known} and F8_E4M3 can be read."
+            )
         for dim, ((first, end), index) in enumerate(zip(box, indices, strict=True)):
             if not torch.equal(index, torch.arange(first, end)):
                 values = values.index_select(dim, index - first)
         return values
 
-    def _dequantised(self, name: str, values: Tensor, box: list[tuple[int, int]]) -> Tensor:
-        """values x the scale of each one's block; `box` may begin and end inside of blocks (DeepSeek-V3's weights,
-        `weight_dequant` of its reference code)."""
+    def _dequantize(self, name: str, values: Tensor, box: list[tuple[int, int]]) -> Tensor:
+        """values times the scale of each element's block (`weight_dequant` in DeepSeek-V3's reference code). `box` says
+        where the values are in the weight; it may begin and end inside of blocks."""
         scale_name = f"{name}_scale_inv"
         if scale_name not in self.file_of:
             raise ConfigError(f"{self.folder}: {name} is in float8, but there is no {scale_name}.")
@@ -99,8 +102,9 @@ class TensorReader:
 def write_tensors(
     folder: str, layout: list[tuple[str, tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor], max_bytes: int
 ) -> None:
-    """Writes `tensors`, whose names, shapes and dtypes are `layout`'s, in its order, as files of at most max_bytes (but
-    one tensor at least) and their index. Of `tensors`, only one at a time is taken."""
+    """Writes tensors as files of at most max_bytes and their index; a tensor that is larger has a file alone. `layout`
+    is the name, shape and dtype of each of `tensors`, in the same order. Only one tensor at a time is taken from
+    `tensors`."""
     files, sizes = [[]], [prod(shape) * dtype.itemsize for _, shape, dtype in layout]
     filled = 0
     for entry, size in zip(layout, sizes, strict=True):
@@ -114,11 +118,12 @@ def write_tensors(
     for name, entries in zip(names, files, strict=True):
         _write_file(os.path.join(folder, name), entries, tensors)
     weight_map = {entry[0]: name for name, entries in zip(names, files, strict=True) for entry in entries}
-    with open(os.path.join(folder, INDEX), "w", encoding="utf-8") as file:
-        json.dump(dict(metadata=dict(total_size=sum(sizes)), weight_map=weight_map), file, indent=2)
+    index = dict(metadata=dict(total_size=sum(sizes)), weight_map=weight_map)
+    write_json(os.path.join(folder, INDEX), index, indent=2)
 
 
 def _write_file(path: str, entries: list[tuple[str, tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor]) -> None:
+    """Takes the tensors of `entries` from the iterator and writes them as one file."""
     # Wide dtypes first, so that each tensor begins at a multiple of its element's size.
     header, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
     for name, shape, dtype in sorted(entries, key=lambda entry: -entry[2].itemsize):
@@ -129,7 +134,7 @@ def _write_file(path: str, entries: list[tuple[str, tuple[int, ...], torch.dtype
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape, dtype), tensor in zip(entries, tensors):  # noqa: B905 - the rest is for the next file
+        for (name, shape, dtype), tensor in zip(entries, tensors):  # noqa: B905 - the next file takes the rest
             assert tensor.shape == shape and tensor.dtype == dtype, name
             file.seek(8 + len(text) + places[name])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,19 +1,22 @@
 """torch.compile, block by block.
 
-Idea: Dynamo reads a block's Python once and turns it into one graph, the backend (inductor) fuses the element-wise work
-around the matrix products into few kernels. All blocks of a model are the same code on the same shapes, so compiling a
-block and not the whole model costs one compilation, whatever the number of layers, and leaves to FSDP the seams between
-blocks where it gathers and frees weights. The loss is compiled too: its float32 logits then exist in registers only.
+Idea: Dynamo reads a block's Python once and turns it into one graph; the backend (inductor) fuses the element-wise work
+around the matrix products into few kernels. All blocks of a model run the same code on the same shapes, so compiling a
+block instead of the whole model costs one compilation for any number of layers, and leaves to FSDP the seams between
+blocks, where it gathers and frees weights. The loss is compiled too: its float32 logits then exist in registers only.
 
-Graphs are whole (`fullgraph`): a spot that cannot be compiled is an error, not a silent break that costs the speed it
-was meant to bring. They hold for one shape: batch and sequence do not change between the steps of a training run, and a
-graph for any shape would be a slower one.
+Graphs are whole (`fullgraph`): code that cannot be compiled is an error, not a silent graph break that costs the speed
+that compiling brings. A graph holds for one shape: batch and sequence do not change between the steps of a training
+run, and a graph for any shape would be slower.
 
-The order is recomputation, compile, FSDP: what is recomputed must be inside of the graph, where the compiler decides
-what to keep, and FSDP's hooks outside. Zero-bubble pipeline schedules do not fit: a compiled block has one backward for
-input and weights together, and torch 2.11 fails to run it for the weights alone, 2.13 runs all of it twice.
+The order is activation checkpointing, compile, FSDP: recomputation must be inside of the graph, where the compiler
+decides what to keep, and FSDP's hooks outside. Schedules that split backward do not work, see limits.py.
 
-Proof: tests/test_compile.py.
+In a mixture of experts whose experts are an FSDP group of their own, the block is compiled in parts: FSDP's hooks on
+the experts, and the wait for the sizes of the dispatch, are in the middle of the block. A module that a fork adds to
+the MoE beside these parts stays eager.
+
+Proof: tests/test_compile.py::test_compiled_gradients_are_those_of_eager.
 """
 
 import torch
@@ -23,30 +26,29 @@ from errors import ConfigError
 
 
 def apply_compile(
-    model: nn.Module, *, backend: str, param_dtype: torch.dtype = torch.bfloat16, separate_experts: bool = False
+    stage: nn.Module, *, enable: bool, backend: str, param_dtype: torch.dtype, separate_experts: bool
 ) -> None:
-    """Compiles every block of model and its loss, in place, at their first call; after recomputation and before FSDP.
-    Of a mixture whose experts FSDP shards apart, or computed in another type (param_dtype) than the compiler's grouped
-    product has, the parts. ValueError for a backend that torch does not know."""
+    """Compiles every block of a stage and its loss, in place; each is compiled at its first call. separate_experts:
+    FSDP will shard experts in a group of their own. param_dtype is the compute dtype: the compiler's grouped product
+    exists in bfloat16 only. ConfigError for a backend that torch does not know."""
+    if not enable:
+        return
     if backend not in torch.compiler.list_backends(exclude_tags=()):
         known = ", ".join(torch.compiler.list_backends())
         raise ConfigError(f'compile.backend ("{backend}") must be one of {known}; to debug, aot_eager or eager.')
     options = dict(fullgraph=True, dynamic=False, backend=backend)
     compiles_experts = param_dtype == torch.bfloat16
-    for block in model.blocks().values():
+    for block in stage.blocks().values():
         moe = block.moe
         if moe is None or (compiles_experts and not separate_experts):
             block.compile(**options)
             continue
-        # FSDP's hooks on the experts, and the wait for the sizes of what arrives, are in the middle of the block.
-        for module in (block.attention, moe.router, moe.shared_experts):
+        for module in (block.attention, moe.router, moe.shared_experts, moe.combine):
             if module is not None:
                 module.compile(**options)
-        moe.combine.compile(**options)
         if compiles_experts:
-            # How many rows arrive is another number each time.
-            moe.experts.compute.compile(**options | dict(dynamic=True))
-    if model.output is not None:
-        # The loss of a chunk, in two parts: between them, ranks that share the vocabulary exchange what they found.
-        for part in model.output.core.children():
+            moe.experts.compute.compile(**options | dict(dynamic=True))  # the number of rows changes at every call
+    if stage.output is not None:
+        # A chunk's loss is in two parts: between them, ranks that share the vocabulary exchange their statistics.
+        for part in stage.output.core.children():
             part.compile(**options)

@@ -1,6 +1,10 @@
-"""Initial weights in any layout: finds which elements of a parameter this rank holds, and fills in just those.
+"""Initial weights in any layout: finds which elements of a parameter this rank holds, and writes just these.
 
-No communication, and no rank ever makes a whole parameter. The values themselves are `model/init.py`'s matter.
+No rank ever makes a whole parameter, and nothing is communicated. The values come from `model/init.py`, which computes
+each from the seed, the parameter's name and the element's global index.
+
+Proof: tests/test_mesh.py::test_held_indices_are_what_a_rank_holds,
+tests/test_parity.py::test_initial_weights_are_equal_on_any_number_of_ranks.
 """
 
 from collections.abc import Sequence
@@ -9,30 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from collectives import local_tensor
 from model.args import ModelArgs
 from model.init import fill_initial_values
 from torch_private import StridedShard
 
 
-def materialize(model: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
-    """Memory, without values, for a model on meta. What is counted or learned without a gradient (buffers) is where
-    the tokens are, also when FSDP keeps the weights in CPU memory."""
-    model.to_empty(device="cpu" if cpu_offload else device)
-    for module in model.modules():
+def materialize(stage: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
+    """Allocates the memory of a stage on meta, without values. Buffers are always on the device, where the tokens are,
+    also when FSDP keeps the weights in CPU memory."""
+    stage.to_empty(device="cpu" if cpu_offload else device)
+    for module in stage.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, args: ModelArgs, seed: int) -> None:
-    """Writes every parameter's initial values, the same in any layout, and zeros to what is counted and learned
-    without a gradient (buffers); model's memory must exist (`materialize`)."""
-    model.tie_weights()
-    for buffer in model.buffers():
+def init_weights(stage: nn.Module, args: ModelArgs, seed: int) -> None:
+    """Writes the initial values of every parameter, bitwise the same in any layout, and zeros into the buffers. The
+    stage's memory must exist (`materialize`)."""
+    stage.tie_weights()
+    for buffer in stage.buffers():
         buffer.zero_()
-    for name, parameter in model.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        fill_initial_values(local, name, parameter.shape, held_indices(parameter), args, seed)
+    for name, parameter in stage.named_parameters():
+        fill_initial_values(local_tensor(parameter), name, parameter.shape, held_indices(parameter), args, seed)
 
 
 def held_indices(tensor: Tensor) -> list[Tensor]:
@@ -46,13 +50,23 @@ def held_indices(tensor: Tensor) -> list[Tensor]:
 
 
 def indices_at(tensor: DTensor, coordinate: Sequence[int], device: torch.device | str) -> list[Tensor]:
-    """What the rank at a coordinate of tensor's mesh holds of it, as `held_indices`, on a device."""
+    """The positions, as `held_indices`, that the rank at a coordinate of the tensor's mesh holds.
+
+    Rows 0 to 7, cut by tensor parallelism over tp 2 and then by FSDP over fsdp 2, on the mesh (fsdp, tp):
+
+        placements (_StridedShard(0), Shard(0))      tp 0             tp 1
+                                            fsdp 0   rows 0 1         rows 4 5
+                                            fsdp 1   rows 2 3         rows 6 7
+
+    The strided shard says that the mesh axes to its right have cut the dimension first. So the plain shards cut first,
+    from left to right, then the strided ones, from right to left.
+    """
     held = [torch.arange(size, device=device) for size in tensor.shape]
     shards = [(axis, p) for axis, p in enumerate(tensor.placements) if isinstance(p, Shard | StridedShard)]
-    # A strided shard says that the axes to its right split the dimension first (FSDP shards what TP left).
-    shards.sort(key=lambda s: (-s[0] if isinstance(s[1], StridedShard) else -len(coordinate), s[0]))
-    for axis, placement in shards:
+    plain = [item for item in shards if not isinstance(item[1], StridedShard)]
+    strided = [item for item in reversed(shards) if isinstance(item[1], StridedShard)]
+    for axis, placement in plain + strided:
         parts = held[placement.dim].chunk(tensor.device_mesh.size(axis))
-        # The last ranks get nothing when there are fewer pieces than ranks.
+        # With fewer rows than ranks, the last ranks hold nothing.
         held[placement.dim] = parts[coordinate[axis]] if coordinate[axis] < len(parts) else parts[0][:0]
     return held

@@ -1,60 +1,100 @@
-"""Weights that are DTensors, so that FSDP, checkpoints and the gradient's norm know who holds what, but that their
-module computes with as plain local tensors."""
+"""Parallel styles beside torch's: modules that keep their parameters as DTensors but compute on local tensors.
+
+A parameter stays a DTensor so that FSDP, checkpoints and the gradient norm know which rank holds which part of it. Its
+module sees a plain tensor, because its arithmetic needs no communication: it works on this rank's tokens, heads or
+experts alone. (torchtitan calls the replicated case `NoParallel`.)
+
+`apply_plan` is torch's `parallelize_module` with one difference: a key that matches no module is an error.
+
+Proof: tests/test_plans.py::test_misspelt_plan_key_is_an_error,
+tests/test_plans.py::test_forgotten_parameter_is_an_error."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ParallelStyle
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from errors import ConfigError
-from model.moe import Experts, Router
+from errors import ConfigError, did_you_mean
+from parallelize.mesh import ParallelMesh
+
+Plan = dict[str, ParallelStyle]
+
+
+def apply_plan(module: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
+    """Applies each style of the plan to the submodule that its key names. ConfigError for a key that names none: torch
+    only warns, and the run would go on with that module's gradients never summed."""
+    names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
+    for key in plan:
+        if key not in names:
+            raise ConfigError(
+                f'The parallel plan\'s key "{key}" matches no module of {type(module).__name__};'
+                f"{did_you_mean(key, names) or ' its modules are ' + ', '.join(names) + '.'}"
+            )
+    parallelize_module(module, mesh, plan)
+
+
+def check_parameters(stage: nn.Module, mesh: ParallelMesh) -> None:
+    """Checks, after all parallelisms are applied, that every parameter is distributed over the axes that it must be:
+    fsdp and tp, or for routed experts efsdp and ep. ConfigError for a parameter that no plan has reached: ranks would
+    hold copies of it whose gradients differ."""
+    is_sharded = any(isinstance(module, FSDPModule) for module in stage.modules())
+    for name, parameter in stage.named_parameters():
+        is_expert = ".moe.experts." in name
+        fsdp = mesh.efsdp if is_expert and mesh.efsdp is not None else mesh.fsdp
+        other, where = (mesh.ep, "parallelize/expert.py") if is_expert else (mesh.tp, "parallelize/tensor.py")
+        needed = {*(fsdp.mesh_dim_names if is_sharded else ()), *(other.mesh_dim_names if other.size() > 1 else ())}
+        found = set(parameter.device_mesh.mesh_dim_names) if isinstance(parameter, DTensor) else set()
+        if found != needed:
+            raise ConfigError(
+                f"{name} is distributed over the mesh axes {sorted(found)}, but it must be over {sorted(needed)}; "
+                f"add its module to the plan in {where}."
+            )
 
 
 class LocalWeights(ParallelStyle):
-    """Distributes a module's own parameters; the module then sees its local part of them.
+    """Distributes a module's parameters by one placement; the module computes with this rank's part as a plain tensor.
 
-    Whole weights (`Replicate()`) work on other tokens on each rank, or for other heads, so their gradients are parts of
-    a sum: FSDP adds them up (pytorch/torchtitan #2387 shipped a router whose copies drifted apart without that).
+    The module is a linear layer, an RMSNorm, or a module that hands its weights to a child without parameters (the
+    router to its gate, experts to their grouped products).
+
+    With Replicate() every rank holds the whole weight and uses it for other tokens or other heads than the other ranks.
+    So each rank's gradient is a part of a sum, Partial(), and FSDP adds the parts. (pytorch/torchtitan #2387 shipped a
+    router without that sum: its copies drifted apart.)
     """
 
     def __init__(self, placement: Placement):
         super().__init__()
         self.placement = placement
+        self.grad_placements = [Partial() if isinstance(placement, Replicate) else placement]
+
+    def to_local(self, value: Tensor) -> Tensor:
+        return value.to_local(grad_placements=self.grad_placements) if isinstance(value, DTensor) else value
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         for name, weight in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(distribute_tensor(weight, mesh, [self.placement])))
-        gradient = [Partial() if isinstance(self.placement, Replicate) else self.placement]
-
-        def local(weight: Tensor) -> Tensor:
-            return weight.to_local(grad_placements=gradient)
-
-        if isinstance(module, Router | Experts):
-            seam = module.gate if isinstance(module, Router) else module.compute
-            seam.register_forward_pre_hook(lambda _, xs: tuple(local(x) if isinstance(x, DTensor) else x for x in xs))
-        elif isinstance(module, nn.RMSNorm):
-            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, local(module.weight), module.eps)
-        elif type(module) is nn.Linear:
-            module.forward = lambda x: F.linear(x, local(module.weight))
-        else:
-            raise ConfigError(
-                'float8 does not fit the latents of model.attention "mla" under tensor parallelism; add '
-                "layers.*.attention.w* and mtp.*.w* to float8.skip, or set parallelism.tensor_parallel_degree to 1."
-            )
+        if isinstance(module, nn.RMSNorm):
+            module.forward = lambda x: F.rms_norm(x, module.normalized_shape, self.to_local(module.weight), module.eps)
+        elif isinstance(module, nn.Linear):
+            assert type(module) is nn.Linear, "limits.py refuses float8 for these layers"
+            module.forward = lambda x: F.linear(x, self.to_local(module.weight))
+        for child in module.children():
+            child.register_forward_pre_hook(lambda _, inputs: tuple(self.to_local(value) for value in inputs))
         return module
 
 
 def gather_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
-    """The whole of what is cut along dim, as a plain tensor. Ranks use it for different heads or rows of a weight, so
-    each makes a part of its gradient: a sum, which is scattered."""
+    """All-gathers a plain tensor that is sharded along dim; returns the whole as a plain tensor. Each rank uses it for
+    other heads or other rows of a weight, so each makes a part of its gradient: backward is a reduce-scatter."""
     x = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False).redistribute(placements=[Replicate()])
     return x.to_local(grad_placements=[Partial()])
 
 
 class GatherInput(ParallelStyle):
-    """Gathers a module's first input along the sequence, see `gather_sequence`."""
+    """All-gathers a module's first input along the sequence, see `gather_sequence`."""
 
     def _apply(self, module: nn.Module, mesh: DeviceMesh) -> nn.Module:
         module.register_forward_pre_hook(lambda _, inputs: (gather_sequence(inputs[0], mesh), *inputs[1:]))
@@ -62,7 +102,7 @@ class GatherInput(ParallelStyle):
 
 
 class GatherOutput(LocalWeights):
-    """Whole weights that work on a part of the sequence; their result is gathered, see `gather_sequence`."""
+    """Replicated weights that work on this rank's part of the sequence; the output is all-gathered along it."""
 
     def __init__(self):
         super().__init__(Replicate())
@@ -73,8 +113,8 @@ class GatherOutput(LocalWeights):
         return module
 
 
-class SumOverRanks(nn.Module):
-    """The sum of a tensor without a gradient over all ranks of a mesh, by operations that the compiler understands."""
+class AllReduce(nn.Module):
+    """Sums a tensor without a gradient over all ranks of a mesh, by operations that the compiler understands."""
 
     def __init__(self, mesh: DeviceMesh):
         super().__init__()

@@ -1,9 +1,9 @@
-"""A checkpoint as a Hugging Face folder, which transformers and vLLM open:
+"""Export a checkpoint as a Hugging Face folder, for transformers and vLLM:
 
     python scripts/export_hf.py outputs/checkpoint/step-1000 exported --dtype bfloat16 --like Llama-3.1-8B
 
-Needs no GPU and no more memory than the largest tensor; --like takes tokenizer, token ids and generation_config.json
-from the folder that the run started from.
+It needs no GPU, and memory for the largest tensor only. --like copies the tokenizer, the token ids and
+generation_config.json from another Hugging Face folder, such as the folder that the run started from.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from resilience.process_group import clean_exit
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, .../step-N")
-    parser.add_argument("folder", help="where to write")
+    parser.add_argument("checkpoint", help="folder of a checkpoint, .../step-N")
+    parser.add_argument("folder", help="folder to write; must not exist, or be empty")
     parser.add_argument("--dtype", choices=("float64", "float32", "bfloat16", "float16"), help="default: as stored")
-    parser.add_argument("--like", help="a Hugging Face folder whose tokenizer and generation_config.json to take over")
-    parser.add_argument("--skip_mtp", action="store_true", help="leave the multi-token prediction blocks out")
+    parser.add_argument("--like", help="Hugging Face folder to copy the tokenizer from")
+    parser.add_argument("--skip_mtp", action="store_true", help="leave out the layers of multi-token prediction")
     parser.add_argument("--max_shard_gb", type=float, default=5.0, help="largest file, in 10^9 bytes (default 5)")
     given = parser.parse_args()
     with clean_exit():

@@ -11,7 +11,9 @@ from helpers.runs import TINY, argv
 from torch.testing._internal.distributed.fake_pg import FakeStore  # see test_recipes.py
 
 from config import load_config
+from data import build_tokenizer
 from parallelize import build_mesh
+from torch_private import torch_at_least
 
 TP, CP, PP = (f"parallelism.{axis}_parallel_degree" for axis in ("tensor", "context", "pipeline"))
 SCHEDULE, MICROBATCH = "parallelism.pipeline_parallel_schedule", "parallelism.pipeline_parallel_microbatch_size"
@@ -52,6 +54,8 @@ CASES = [  # options of a run on eight ranks, and what the message says
     ({CP: 2, "parallelism.context_parallel_method": "latent"}, '"latent" gathers the latents of model.attention "mla",'
      ' but it is "gqa"; use "allgather".'),
     ({MODE: "selective", "activation_checkpoint.selective_option": "3"}, "a number n from 1 to 2 (model.n_layers)"),
+    ({MODE: "memory_budget", "activation_checkpoint.selective_option": "2"}, "must be a number from 0 to 1 with"),
+    ({MODE: "memory_budget", "activation_checkpoint.selective_option": "0.5"}, "is the compiler's; add --compile.enable"),
     ({"compile.enable": "true", "compile.backend": "inductr"}, 'compile.backend ("inductr") must be one of'),
     ({"float8.enable": "true", "training.dtype": "float32"}, "needs a GPU of compute capability 8.9"),
 ]  # fmt: skip
@@ -66,8 +70,10 @@ def _messages(cases: list[dict]) -> list[str]:
     for options in cases:
         try:
             config = load_config(argv(TINY, {BATCH: 8}, options))
-            mesh = build_mesh(train.degrees_of(config), "cpu", 8)
-            stages = train.build_stages(config, train.model_args_of(config), mesh, "cpu", log=lambda _: None)
+            mesh = build_mesh("cpu", 8, **config.parallelism.degrees)
+            args = train.get_model_args(**vars(config.model))
+            train.check_layout(config, args, mesh, build_tokenizer("byte"))
+            stages = train.build_stages(config, args, mesh, 8, log=lambda _: None)
             train.build_forward_backward(config, stages, mesh, torch.device("cpu"))
             messages.append("")
         except ValueError as error:
@@ -80,16 +86,16 @@ def messages():
     return run_ranks(1, _messages, [options for options, _ in CASES])[0]
 
 
-def test_what_this_torch_cannot_compile_is_refused():
+def test_compiling_recomputed_collectives_is_refused_where_torch_cannot():
     """Recomputed collectives of tensor parallelism, where the compiler fails on them."""
     options = {TP: 2, "compile.enable": "true", MODE: "full"}
     found = run_ranks(1, _messages, [options, options | {MODE: "selective"}])[0]
-    assert found[1] == "" and ("cannot compile blocks that recompute" in found[0]) == (torch.__version__ >= "2.12")
+    assert found[1] == "" and ("cannot compile blocks that recompute" in found[0]) == torch_at_least(2, 12)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
-def test_layout_is_refused(number, messages):
-    """In one line, that says which option, its value, and what would fit."""
+def test_layout_is_refused_in_one_line(number, messages):
+    """The line says which option, its value, and what would fit."""
     assert CASES[number][1] in messages[number] and "\n" not in messages[number], messages[number]
 
 
@@ -109,9 +115,14 @@ def test_layout_is_refused(number, messages):
         ({"parallelism.enable_async_tensor_parallel": "true", TP: 2}, "has no effect without compile.enable true"),
         ({"activation_checkpoint.selective_option": "2"}, "has no effect without activation_checkpoint.mode select"),
         (
-            {"activation_checkpoint.memory_budget": 0.3},
-            "has no effect without activation_checkpoint.mode memory",
+            {"activation_checkpoint.selective_option": "0.3", MODE: "full"},
+            "has no effect without activation_checkpoint.mode selective or memory_budget; add",
         ),
+        (
+            {"float8.skip": '["*.wk"]'},
+            "float8.skip has no effect without float8.enable true; add --float8.enable true.",
+        ),
+        ({"comm.direct_messages": "false"}, "comm.direct_messages has no effect without job.device cpu; add"),
         ({MODE: "memory_budget"}, "is the compiler's; add --compile.enable true."),
         ({"compile.backend": "eager"}, "compile.backend has no effect without compile.enable true"),
         (
@@ -124,6 +135,6 @@ def test_layout_is_refused(number, messages):
     ],
 )
 def test_option_without_effect_is_refused(options, message):
-    """Nothing that was configured is ignored in silence."""
+    """An option that cannot take effect is an error, which names what it needs."""
     with pytest.raises(ValueError, match=re.escape(message)):
         load_config(argv(options))

@@ -1,5 +1,5 @@
-"""Hugging Face folders against transformers, an independent implementation: the same logits from the same files, and
-back."""
+"""Hugging Face folders against transformers, an independent implementation: equal logits from the same files, and equal
+files after export."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from hf.export import export_hf
 from model import Transformer, get_flavor
 from model.rope import rope_cos_sin
 
-MODELS = {  # name: (kind, shape, whether config.json is in the published keys)
+MODELS = {  # name: (kind, shape, whether config.json has the published fields)
     "grouped-query": ("Llama", dict(), False),
     "grouped-query, llama3": ("Llama", dict(rope_parameters=LLAMA3_ROPE), False),
     "multi-head, tied, llama3": (
@@ -55,12 +55,12 @@ MODELS = {  # name: (kind, shape, whether config.json is in the published keys)
         dict(q_lora_rank=24, n_group=2, topk_group=1, rope_parameters=dict(YARN, mscale=1.0, mscale_all_dim=1.0)),
         True,
     ),
-    "V3, queries not compressed, one group, scores not normalised": (
+    "V3 without q_lora_rank, one group, scores not normalized": (
         "DeepseekV3",
         dict(q_lora_rank=None, n_group=1, topk_group=1, norm_topk_prob=False),
         True,
     ),
-    "V3, tied, RoPE in halves": (
+    "V3, tied, rotate_half": (
         "DeepseekV3",
         dict(q_lora_rank=None, n_group=1, topk_group=1, tie_word_embeddings=True, rope_interleave=False),
         False,
@@ -87,7 +87,7 @@ MODELS = {  # name: (kind, shape, whether config.json is in the published keys)
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """(model, folder) of each of MODELS; some in several files."""
+    """(model, folder) of each of MODELS. Every second folder has several files."""
     folder = tmp_path_factory.mktemp("sources")
     made = {}
     for i, (name, (kind, shape, published)) in enumerate(MODELS.items()):
@@ -101,7 +101,7 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_transformers(sources, name):
-    """float64 to 1e-10, float32 to 1e-5."""
+    """A loaded model computes transformers' logits: in float64 to 1e-10, in float32 to 1e-5."""
     reference, folder = sources[name]
     tokens, positions = some_tokens()
     for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
@@ -118,12 +118,12 @@ def test_logits_equal_transformers(sources, name):
                 )
         largest = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * largest)
-        assert 1 < largest < 1e3, "logits that say something"
+        assert 1 < largest < 1e3, "logits of a size that tells models apart"
 
 
-def test_further_tokens_equal_transformers(tmp_path):
-    """Multi-token prediction of depth 2, written under the published names, is what transformers makes of them; and is
-    read back. Embedding and head are there once more in each of its blocks."""
+def test_mtp_logits_equal_transformers(tmp_path):
+    """MTP of depth 2: transformers computes our logits from the exported folder, and we load our weights back from it.
+    Each MTP layer of the folder holds a copy of the embedding and of the head."""
     small = dict(dim=32, n_layers=2, vocab_size=99, n_mtp_layers=2, max_seq_len=64, balance_loss_weight=0.0)
     args = dataclasses.replace(get_flavor("deepseek_v3_debug"), **small)
     model = random_weights(Transformer(args).double())
@@ -139,18 +139,18 @@ def test_further_tokens_equal_transformers(tmp_path):
 
     tokens, positions = some_tokens()
     with wide(), torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        kind = transformers.DeepseekV3ForCausalLM  # which knows the further blocks by the number that V3's has
+        kind = transformers.DeepseekV3ForCausalLM  # ignores only layer 61, the MTP layer of the published V3
         patch.setattr(kind, "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.2.*", r"model\.layers\.3.*"])
         reference = kind.from_pretrained(folder, dtype=torch.float64, experts_implementation="eager")
-        further = MtpModel.from_pretrained(reference)
+        mtp = MtpModel.from_pretrained(reference)
         share_frequencies(reference, args)
-        assert len(further.layers) == 2
+        assert len(mtp.layers) == 2
         theirs = reference.model(tokens).last_hidden_state
         head, model.output = model.output, None
         ours = model(tokens, positions)
         for k in range(2):
             following = torch.nn.functional.pad(tokens[:, k + 1 :], (0, k + 1))
-            theirs = further.forward_layer(k, theirs, positions, None, input_ids=following)
+            theirs = mtp.forward_layer(k, theirs, positions, None, input_ids=following)
             ours, _ = model.mtp[str(k)](ours, model.tok_embeddings(following), *rope_cos_sin(positions, args))
             torch.testing.assert_close(head(ours), reference.lm_head(theirs), rtol=0, atol=1e-9)
 
@@ -159,9 +159,9 @@ def test_further_tokens_equal_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_exported_back_is_what_was_read(sources, name, tmp_path):
-    """Every tensor equals the source's to the last bit, in name, shape and dtype; config.json describes the same model;
-    transformers opens it without a missing or an unexpected tensor, and computes the same."""
+def test_exported_folder_equals_its_source(sources, name, tmp_path):
+    """Every tensor equals the source's to the last bit, in name, shape and dtype. config.json describes the same model.
+    transformers opens the folder without missing or unexpected tensors, and computes the same logits."""
     reference, folder = sources[name]
     model = load_ours(folder)
     export_hf(checkpoint_of(model, tmp_path), str(tmp_path / "hf"), max_bytes=30_000)
@@ -179,7 +179,7 @@ def test_exported_back_is_what_was_read(sources, name, tmp_path):
         tmp_path / "hf", dtype=torch.float64, experts_implementation="eager", output_loading_info=True
     )
     assert not any(report.values()), report
-    assert again.generation_config.eos_token_id is None, "a token is the end only if someone said so"
+    assert again.generation_config.eos_token_id is None, "without a known end token, no token ends a text"
     share_frequencies(again, model.args)
     share_frequencies(reference, model.args)
     with torch.no_grad(), wide():
@@ -188,9 +188,9 @@ def test_exported_back_is_what_was_read(sources, name, tmp_path):
         )
 
 
-def test_dtype_files_and_what_is_passed_through(sources, tmp_path):
-    """bfloat16 but for the experts' bias; no file above the limit; tokenizer, token ids and generation_config.json of
-    the folder that is named; an export into a folder with anything in it is refused."""
+def test_export_casts_splits_and_copies_the_tokenizer(sources, tmp_path):
+    """All weights are bfloat16 except the expert bias. No file is larger than the limit. Tokenizer, token ids and
+    generation_config.json come from `like`. A folder that is not empty is refused."""
     _, folder = sources["V3"]
     like = tmp_path / "like"
     like.mkdir()

@@ -1,4 +1,4 @@
-"""Hugging Face folders in whole runs: read into any layout, trained, exported, and gone on with by transformers."""
+"""Hugging Face folders in whole runs: loaded into any layout, trained, exported, and continued by transformers."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from helpers.hf_models import (
     build,
     checkpoint_of,
     load_ours,
-    quantise,
+    quantize,
     random_weights,
     save,
     tensors_of,
@@ -27,17 +27,18 @@ from helpers.runs import TINY, argv, options, read_metrics, run_command, whole, 
 
 import train
 from config import load_config
-from hf import load_hf
+from errors import ConfigError
+from hf import get_model_args, load_hf
 from hf import safetensors as hf_files
 from hf.export import export_hf
 from model import ModelArgs, Transformer, get_flavor
 from parallelize.init import held_indices
 
-# Without [model]: that is the folder's.
+# Without options of [model], because the folder decides the model.
 RUN = {name: value for name, value in TINY.items() if not name.startswith("model.")}
-# Key heads of 12 rows, 24 rows in all, which FSDP cuts inside of a head; 43 rows and 31 cannot be shared evenly.
+# FSDP cuts the 24 rows of the keys inside of a head, which has 12. It cannot cut 62 or 258 rows into 4 equal parts.
 SHAPE = dict(hidden_size=48, intermediate_size=62, vocab_size=258, num_hidden_layers=4, rope_parameters=LLAMA3_ROPE)
-LAYOUTS = {  # of 4 ranks, by the short names of options
+LAYOUTS = {  # of 4 ranks; degrees by the beginning of the option's name
     "fsdp 4": {},
     "fsdp 2 x tp 2": {"tensor_parallel": 2},
     "pp 2 x fsdp 2": {"pipeline_parallel": 2},
@@ -55,14 +56,14 @@ def folders(tmp_path_factory):
     for name, tied in (("untied", False), ("tied", True)):
         model = build("Llama", **dict(LLAMA, **SHAPE, tie_word_embeddings=tied))
         paths[name] = save(model, root / name, max_shard_size="50KB")
-    # With multi-token prediction, so not by transformers, but an export that test_hf.py holds against it; and the same
-    # in float8, in blocks that a rank's part does not begin with.
+    # transformers does not save MTP layers, so this folder is our export. test_hf.py compares one with transformers.
+    # The blocks of the float8 copy do not end where the shards of the ranks end.
     args = dataclasses.replace(get_flavor("deepseek_v3_debug"), dim=48, n_layers=3, vocab_size=258, n_experts=12)
     checkpoint = checkpoint_of(random_weights(Transformer(args).double()), root)
     export_hf(checkpoint, str(root / "V3"), max_bytes=100_000)
     paths["V3"] = root / "V3"
     paths["V3 in float8"] = root / "float8"
-    quantise(paths["V3"], paths["V3 in float8"], root / "twin", (20, 20))
+    quantize(paths["V3"], paths["V3 in float8"], root / "twin", (20, 20))
     return {name: str(path) for name, path in paths.items()}
 
 
@@ -81,8 +82,8 @@ def from_folder(folder: str) -> dict[str, str]:
 
 
 def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
-    """What this rank holds, by name, after loading in each of the cases (command lines), and how many elements it has
-    read from files for that."""
+    """For each of the cases (command lines): the tensors that this rank holds after loading, by name, and the number of
+    elements that it has read from files."""
     counted = []
 
     class CountingSlice:
@@ -104,16 +105,16 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
     for arguments in cases:
         config = load_config(arguments)
         mesh = train.build_mesh(train.degrees_of(config), "cpu", dist.get_world_size())
-        args = train.model_args_of(config)
+        args = get_model_args(**vars(config.model), initial_hf_folder=config.checkpoint.initial_load_path)
         stages = train.build_stages(config, args, mesh, "cpu", log=lambda _: None)
         counted.clear()
         for stage in stages:
             stage.to_empty(device="cpu")
             stage.tie_weights()
         tensors = train.ExpertLoadBalancer(stages, mesh.tokens, mesh.pp).biases
-        shared = train.TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
+        tied = train.TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
         for stage in stages:
-            tensors |= {name: p for name, p in stage.named_parameters() if not shared.is_copy(p)}
+            tensors |= {name: p for name, p in stage.named_parameters() if not tied.is_copy(p)}
         load_hf(config.checkpoint.initial_load_path, tensors, args)
         held = {}
         for name, tensor in tensors.items():
@@ -123,8 +124,8 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
     return results
 
 
-def test_every_layout_gets_what_one_process_gets(folders):
-    """To the last bit; and a rank reads what it holds, and of a head that is cut the rest."""
+def test_load_in_each_layout_equals_one_process(folders):
+    """The weights are equal to the last bit. A rank reads only what it holds, and the rest of a head that is cut."""
     cases = [
         *(("untied", name) for name in list(LAYOUTS)[:5]),
         ("tied", "pp 2 x fsdp 2"),
@@ -140,8 +141,8 @@ def test_every_layout_gets_what_one_process_gets(folders):
         for tensor_name, tensor in expected[folder].items():
             assert torch.equal(found[tensor_name], tensor), (folder, name, tensor_name)
         for rank, (held, read) in enumerate(ranks):
-            own = sum(values.numel() for _, _, values in held.values())
-            assert own <= read < 1.15 * own, (folder, name, rank)
+            num_held = sum(values.numel() for _, _, values in held.values())
+            assert num_held <= read < 1.15 * num_held, (folder, name, rank)
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
@@ -160,8 +161,8 @@ def run(ranks: int, folder: Path, *settings) -> list[str]:
     return lines
 
 
-def continued_by_ours(checkpoint: Path, tokens: list[int], count: int) -> list[int]:
-    """The likeliest tokens after `tokens`, one after another."""
+def generate_with_ours(checkpoint: Path, tokens: list[int], count: int) -> list[int]:
+    """tokens, continued by the `count` most likely tokens (greedy decoding)."""
     model = Transformer(ModelArgs(**json.loads((checkpoint / "state.json").read_text())["model_args"])).double().eval()
     dcp.load({f"model.{k}": t.detach() for k, t in tensors_of(model).items()}, checkpoint_id=checkpoint, no_dist=True)
     for _ in range(count):
@@ -172,9 +173,9 @@ def continued_by_ours(checkpoint: Path, tokens: list[int], count: int) -> list[i
 
 
 @pytest.mark.parametrize("kind, layout", [("tied", "pp 2 x tp 2"), ("V3", "fsdp 2 x tp 2, ep 4")])
-def test_a_folder_is_trained_in_any_layout_and_given_back(kind, layout, folders, text, tmp_path):
-    """A run that starts from a Hugging Face folder is the same on one process and on four; resumed, it goes on from its
-    own checkpoint; what is exported, transformers opens, and continues as our model does."""
+def test_run_from_folder_resumes_and_exports_in_any_layout(kind, layout, folders, text, tmp_path):
+    """A run that starts from a Hugging Face folder has the same metrics on one process and on four. Started again, it
+    resumes from its checkpoint, not from the folder. transformers opens the export and generates our tokens."""
     start = from_folder(folders[kind]) | options(optimizer__lr="0.003", training__local_batch_size="2")
     save = options(checkpoint__enable="true", checkpoint__interval="2")
     run(1, tmp_path / "one", text, start)
@@ -193,7 +194,7 @@ def test_a_folder_is_trained_in_any_layout_and_given_back(kind, layout, folders,
     )
     prompt = list(b"abc def")
     theirs = reference.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0].tolist()
-    assert theirs == continued_by_ours(checkpoint, prompt, 24)
+    assert theirs == generate_with_ours(checkpoint, prompt, 24)
     assert len(theirs) == len(prompt) + 24 and len(set(theirs)) > 4, theirs
 
     refused = subprocess.run([*command[:2], str(exported), str(tmp_path / "more")], capture_output=True, text=True)
@@ -204,20 +205,25 @@ def test_a_folder_is_trained_in_any_layout_and_given_back(kind, layout, folders,
     "settings, message",
     [
         ({"checkpoint.initial_load_path": "untied", "checkpoint.initial_load_in_hf": "true"}, "--model.flavor hf:"),
-        (from_folder("untied") | {"model.n_mtp_layers": "1"}, "has no model.layers.4.eh_proj.weight (13 tensors"),
+        (from_folder("untied") | {"model.n_mtp_layers": "1"}, "LlamaForCausalLM has no tensor for mtp.0."),
     ],
 )
-def test_a_mistake_is_one_line(settings, message, folders, text, tmp_path):
-    """The last line of a run of two ranks, from rank 0 alone."""
+def test_folder_of_another_model_ends_run_with_one_line(settings, message, folders, text, tmp_path):
+    """It is the last line of a run of two ranks, and only rank 0 prints it."""
     settings = {name: value.replace("untied", folders["untied"]) for name, value in settings.items()}
     ended_well, lines = run_command(2, argv(RUN, text, {"job.dump_folder": str(tmp_path / "run")}, settings), tmp_path)
     assert not ended_well and message in lines[-1] and "Traceback" not in "\n".join(lines), lines
     assert [line for line in lines if line.startswith("error")] == lines[-1:]
 
 
-def test_a_folder_that_is_not_there():
-    """As an architecture, and without a path to load from."""
-    with pytest.raises(ValueError, match=r"cannot read /no/such/config.json: No such file"):
-        train.model_args_of(load_config(["--model.flavor=hf:/no/such"]))
-    with pytest.raises(ValueError, match=r"no effect without checkpoint.initial_load_path"):
+def test_missing_folder_is_rejected():
+    """The folder of a flavor, and the folder of the weights."""
+    for arguments in (("hf:/no/such",), ("llama3_debug", "/no/such")):
+        with pytest.raises(ConfigError, match=r"cannot read /no/such/config.json: No such file"):
+            get_model_args(*arguments)
+
+
+def test_initial_load_in_hf_needs_initial_load_path():
+    """Alone it would have no effect."""
+    with pytest.raises(ValueError, match=r"checkpoint.initial_load_path"):
         load_config(["--checkpoint.initial_load_in_hf=true"])

@@ -1,38 +1,38 @@
-"""Every recipe in configs/ is right without running it."""
+"""Every recipe in configs/ can be built on the machine that it is for; nothing is run."""
 
 import re
 from itertools import product
 from math import prod
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from helpers.ranks import run_ranks
+from helpers.recipes import parameters_by_stage
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 # A process group that answers at once without having sent anything. Private, but there is no other.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from config import Config, load_config
-from model import Transformer, get_flavor, num_params
-from parallelize import build_mesh, parallelize_pipeline
+from config import load_config
+from model import get_flavor, num_params
+from parallelize import build_mesh
 from parallelize.init import indices_at
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
 def num_ranks(recipe: Path) -> list[int]:
-    """The number of processes that its command starts; several where it names none, as it must do for any machine."""
+    """The number of processes that the recipe's command starts; several numbers for a recipe for any machine."""
     command = recipe.read_text()
     per_machine, machines = (re.search(rf"--{option}=(\d+)", command) for option in ("nproc_per_node", "nnodes"))
     return [int(per_machine[1]) * (int(machines[1]) if machines else 1)] if per_machine else [1, 2, 3, 8, 16]
 
 
 def numel_by_rank(parameter: nn.Parameter) -> tuple[int, list[int]]:
-    """How many copies of it there are, and how many of its elements each rank of its mesh holds."""
+    """The number of copies of a parameter, and the number of elements that each rank of its mesh holds."""
     if not isinstance(parameter, DTensor):
         return 1, [parameter.numel()]
     mesh = parameter.device_mesh
@@ -40,31 +40,13 @@ def numel_by_rank(parameter: nn.Parameter) -> tuple[int, list[int]]:
     return copies, [prod(map(len, indices_at(parameter, c, "meta"))) for c in product(*map(range, mesh.shape))]
 
 
-def parameters_by_stage(config: Config, stages: int) -> list[dict[str, int]]:
-    """Elements of each whole parameter, by name, for each pipeline rank."""
-    p = config.parallelism
-    with torch.device("meta"):
-        model = Transformer(get_flavor(config.model.flavor))
-    found = []
-    for rank in range(stages):
-        mesh = SimpleNamespace(size=lambda: stages, get_local_rank=lambda rank=rank: rank)
-        parts = parallelize_pipeline(
-            model,
-            mesh,
-            schedule=p.pipeline_parallel_schedule,
-            stages_per_rank=p.pipeline_parallel_stages_per_rank,
-        )
-        found.append({name: p.numel() for part in parts for name, p in part.named_parameters()})
-    return found
-
-
 def _built_on(world_size: int, rank: int, recipe: str) -> dict[str, tuple]:
-    """On one rank of a group that is only told to exist, for each parameter: the elements of all of it, the elements
-    that memory would be allocated for here, and `numel_by_rank` of this pipeline stage."""
+    """On one rank of a fake process group, for each parameter: the number of its elements, the number of elements that
+    this rank would allocate, and `numel_by_rank` over the ranks of this pipeline stage."""
     import train
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    # What the machine of the recipe can do and this one cannot.
+    # The recipe's machine has float8 hardware, this one need not.
     emulate = ["--float8.emulate=true"] if load_config(["--job.config_file", recipe]).float8.enable else []
     config = load_config(["--job.config_file", recipe, *emulate])
     t = config.training
@@ -84,12 +66,12 @@ def _built_on(world_size: int, rank: int, recipe: str) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipe_is_sound(recipe):
-    """It parses, its layout and batch fit the machine that its command names, and every parallelism can be applied to
-    its model there: on the first and the last rank of a process group of that size, without memory for a weight.
+def test_recipe_places_every_parameter_on_its_machine(recipe):
+    """The recipe parses, its layout and its batch fit the machine that its command names, and every parallelism can be
+    applied to its model there: on the first and the last rank of a process group of that size, without memory.
 
-    The pipeline's stages together have every parameter of the model, and the ranks of a stage together every element of
-    its parameters, once; what tensor parallelism leaves whole (the norms), once for each of its ranks."""
+    The pipeline stages together have every parameter of the model. The ranks of a stage together have every element of
+    its parameters once, but each rank of tensor parallelism has its own copy of the norms."""
     config = load_config(["--job.config_file", str(recipe)])
     args, pipeline = get_flavor(config.model.flavor), config.parallelism.pipeline_parallel_degree
     by_stage = parameters_by_stage(config, pipeline)
@@ -108,8 +90,8 @@ def test_recipe_is_sound(recipe):
                 assert here == by_rank[rank % ranks_a_stage], name
 
 
-def test_recipes_talk():
-    """The head of each says for which machine, how to run it, and what to expect."""
+def test_recipe_heads_name_machine_command_and_expectation():
+    """The head of each recipe says for which machine it is, how to run it, and what to expect."""
     assert len(RECIPES) >= 2
     for recipe in RECIPES:
         head = recipe.read_text().split("\n[")[0]

@@ -1,4 +1,4 @@
-"""Tiny random models of transformers, as folders, and as a reference in float64."""
+"""Tiny random models of transformers: their folders, and their logits in float64."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ transformers.utils.logging.disable_progress_bar()
 SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
 LLAMA = dict(SMALL, num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=10000.0))
 LATENT = dict(SMALL, num_key_value_heads=4, kv_lora_rank=16, qk_rope_head_dim=8, v_head_dim=12, qk_nope_head_dim=8)
-# More than ten experts: 10 and 11 come after 2, but before it as text.
+# More than ten experts, because text order puts 10 and 11 before 2.
 MIXTURE = dict(LATENT, moe_intermediate_size=16, n_routed_experts=12, num_experts_per_tok=3, first_k_dense_replace=1)
 DEEPSEEK = dict(MIXTURE, max_position_embeddings=4096, tie_word_embeddings=False)
 LLAMA3_ROPE = dict(
@@ -38,12 +38,13 @@ YARN = dict(
 
 
 class WideTorch:
-    """torch, but float32 is float64: transformers' norms, softmax and router compute in float32 whatever the model."""
+    """torch with float64 under the name float32, because norms, softmax and router of transformers compute in float32
+    in a model of any dtype."""
 
     float32 = torch.float64
 
     @staticmethod
-    def polar(length, angle):  # torch's own rounds other than cos and sin do
+    def polar(length, angle):  # torch.polar rounds differently than cos and sin
         return torch.complex(length * angle.cos(), length * angle.sin())
 
     def __getattr__(self, name):
@@ -52,6 +53,7 @@ class WideTorch:
 
 @contextmanager
 def wide():
+    """transformers computes in float64 everywhere."""
     rotate = modeling_deepseek_v2.apply_rotary_emb
 
     def rotate_wide(*args):
@@ -67,7 +69,7 @@ def wide():
 
 
 def build(kind: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
-    """A float64 model with every weight random, norms and biases too; kind is "Llama", "DeepseekV2" or "DeepseekV3"."""
+    """A float64 model with random weights, norms and biases; kind is "Llama", "DeepseekV2" or "DeepseekV3"."""
     config = getattr(transformers, f"{kind}Config")(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).double().eval()
     generator = torch.Generator().manual_seed(seed)
@@ -86,7 +88,8 @@ def build(kind: str, seed: int = 0, **shape) -> transformers.PreTrainedModel:
 
 
 def save(model: transformers.PreTrainedModel, folder: Path, published: bool = False, max_shard_size="1GB") -> Path:
-    """The model's folder; published: config.json in the keys of the published ones and not those of transformers 5."""
+    """Writes the model's folder. `published` gives config.json the fields of the published folders, not those of
+    transformers 5."""
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     config = read_config(folder)
     if not model.config.model_type.startswith("llama"):
@@ -115,7 +118,7 @@ def stored(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def tensors_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters and learned buffers, each once."""
+    """Parameters and persistent buffers of a model by name; a tied weight counts once."""
     kept = model.state_dict().keys()
     return dict(model.named_parameters()) | {name: b for name, b in model.named_buffers() if name in kept}
 
@@ -128,20 +131,21 @@ def load_ours(folder: Path, dtype: torch.dtype = torch.float64, args: ModelArgs 
 
 
 def share_frequencies(reference: transformers.PreTrainedModel, args: ModelArgs) -> None:
-    """RoPE's frequencies are float32 in both, and computed in another order: equal but for rounding, which is checked.
-    Then the reference gets ours, so that all the rest can be compared in float64."""
+    """Gives the reference our RoPE frequencies, so that everything else can be compared in float64. The frequencies of
+    both are float32 and differ by rounding only, which is asserted here."""
     theirs, ours = reference.get_decoder().rotary_emb.inv_freq, rope_frequencies(args, torch.device("cpu"))
     torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=0, check_dtype=False)
     reference.get_decoder().rotary_emb.inv_freq = ours
 
 
 def some_tokens(vocab_size: int = 99) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and positions, [2, 40]: well beyond the original context of the stretched models."""
+    """Token ids and positions, [2, 40]. 40 is well beyond the original context of the models with scaled RoPE."""
     tokens = torch.randint(vocab_size, (2, 40), generator=torch.Generator().manual_seed(1))
     return tokens, torch.arange(40).expand(2, -1)
 
 
 def random_weights(model: Transformer) -> Transformer:
+    """The model with every parameter and buffer random, norms around 1."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in tensors_of(model).values():
@@ -150,7 +154,7 @@ def random_weights(model: Transformer) -> Transformer:
 
 
 def checkpoint_of(model: Transformer, folder: Path, step: int = 1) -> str:
-    """A checkpoint as a run writes it, of a model that is whole on one process."""
+    """Writes the checkpoint that a run on one process would write; returns its folder."""
     path = folder / f"step-{step}"
     dcp.save({f"model.{name}": t.detach() for name, t in tensors_of(model).items()}, checkpoint_id=path, no_dist=True)
     (path / "state.json").write_text(json.dumps(dict(step=step, model_args=dataclasses.asdict(model.args))))
@@ -158,8 +162,8 @@ def checkpoint_of(model: Transformer, folder: Path, step: int = 1) -> str:
     return str(path)
 
 
-def quantise(folder: Path, to: Path, twin: Path, block: tuple[int, int]) -> None:
-    """Copies a folder to `to` with its matrices in block-wise float8, and to `twin` with what they then stand for."""
+def quantize(folder: Path, to: Path, twin: Path, block: tuple[int, int]) -> None:
+    """Copies a folder to `to` with its matrices in blockwise float8, and to `twin` with them dequantized again."""
     tensors, eights, twins = stored(folder), {}, {}
     for name, tensor in tensors.items():
         if tensor.dim() != 2 or "embed" in name or "lm_head" in name or "mlp.gate.weight" in name:
