@@ -88,7 +88,7 @@ def test_activation_checkpointing_counts_each_token_once(recomputed):
     """Two microbatches of 16 tokens with top_k 2 are 2 x 16 x 2 choices in every mixture, also where forward is
     recomputed in backward. In eval mode nothing is counted."""
     model = build()
-    apply_activation_checkpointing(model, mode=recomputed, selective="op", memory_budget=1.0)
+    apply_activation_checkpointing(model, mode=recomputed, selective_option="op")
     for _ in range(2):
         feed(model)
     model.eval()
