@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from checkpoint import CheckpointManager, ModelState, TrainState
 from config import Config, load_config
-from data import build_dataset, build_held_out, build_loader, build_tokenizer
+from data import build_dataset, build_validation_samples, build_loader, build_tokenizer
 from hf import get_model_args
 from limits import check_layout
 from model import ModelArgs, Transformer, add_mtp_targets, flops_per_token, num_params
@@ -76,13 +76,13 @@ def main(config: Config) -> int:
     # Data: sample i is a pure function of (data, seed, i), so every layout trains on the same batches.
     with run.first_on_each_machine():  # the other ranks find the tokenised text in the cache
         cache = dict(text_key=data.text_key, cache_folder=data.cache_folder)
-        packed = dict(seq_len=training.seq_len, packing=data.packing)
+        order = dict(seq_len=training.seq_len, seed=training.seed, packing=data.packing)
         num_held_out = config.validation.num_held_out
-        dataset = build_dataset(
-            data.dataset, data.path, tokenizer, seed=training.seed, num_held_out=num_held_out, **packed, **cache
-        )
-        held_out = build_held_out(dataset, tokenizer, **vars(config.validation), **packed, **cache)
-    run.require_same_on_all_ranks(config, data=dataset.fingerprint)
+        dataset = build_dataset(data.dataset, data.path, tokenizer, num_held_out=num_held_out, **order, **cache)
+        num, path = config.validation.num_sequences, config.validation.path
+        validation_samples = build_validation_samples(path, dataset, tokenizer, num_sequences=num, **cache)
+    fingerprints = dict(data=dataset.fingerprint, validation=validation_samples.fingerprint)
+    run.require_same_on_all_ranks(configuration=str({**vars(config), "job": None}), **fingerprints)
 
     # Model. 1) Shapes on meta: this rank's pipeline stages, with every parallelism applied; see build_stages below.
     stages = build_stages(config, model_args, mesh, global_batch_size, log)
@@ -111,12 +111,12 @@ def main(config: Config) -> int:
 
     def to_this_rank(batch: dict) -> dict:
         """This rank's part of every sequence of a batch, on its device."""
-        batch = add_mtp_targets(batch, model_args.n_mtp_layers)  # while sequences are whole
         return {k: v.to(device, non_blocking=True) for k, v in shard_sequence(batch, mesh.cp).items()}
 
     # What observes the run: held-out loss, logs, and the guard against gradients that are not finite.
     when = dict(interval=config.validation.interval, last_step=training.steps, batch_size=training.local_batch_size)
-    validation = Validation(held_out, stages, mesh, forward, to_this_rank, **when)
+    parts = dict(mesh=mesh, forward=forward, to_this_rank=to_this_rank, stages=stages)
+    validation = Validation(validation_samples, **when, **parts)
     flops = flops_per_token(model_args, training.seq_len)
     metrics = Metrics(config.job.dump_folder, device, training.steps, flops, **vars(config.metrics))
     guard = NonFiniteGuard(parameters, training.max_skipped_steps)
@@ -130,7 +130,7 @@ def main(config: Config) -> int:
     metrics.start(state)
     while state.step < training.steps and not run.should_stop():
         # ---------------------------------------------------------------------------------------- the step
-        microbatches = [to_this_rank(batch) for batch in next(loader)]
+        microbatches = [to_this_rank(add_mtp_targets(batch, model_args.n_mtp_layers)) for batch in next(loader)]
         num_tokens = count_valid_tokens(microbatches, mesh.loss)  # of the whole step: the loss is divided by it once
         loss = torch.zeros((), dtype=torch.float64, device=device)
         for i, batch in enumerate(microbatches):

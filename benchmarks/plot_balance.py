@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {  # three mixtures: two blocks and that of multi-token prediction
     "job.device": "cpu", "model.dim": 32, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2,
     "model.hidden_dim": 48, "model.vocab_size": 268, "model.n_experts": 4, "model.top_k": 1,
-    "model.moe_hidden_dim": 16, "model.score_function": "sigmoid", "model.n_mtp_layers": 1,
+    "model.moe_hidden_dim": 16, "model.n_mtp_layers": 1,
     "model.expert_bias_speed": 0.003, "training.steps": 200, "training.seq_len": 64, "training.global_batch_size": 8,
     "training.local_batch_size": 8, "training.mixed_precision_param": "float32", "optimizer.lr": 2e-3,
     "lr_scheduler.warmup_steps": 10, "lr_scheduler.decay_ratio": 1.0, "metrics.log_freq": 1, "data.dataset": "text",

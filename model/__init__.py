@@ -4,7 +4,7 @@ from model.args import ModelArgs
 from model.flavors import FLAVORS, get_flavor
 from model.flops import flops_per_token, num_matmul_params, num_params
 from model.head import IGNORE_INDEX
-from model.mtp import mtp_targets
+from model.mtp import add_mtp_targets, mtp_targets
 from model.transformer import Transformer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "IGNORE_INDEX",
     "ModelArgs",
     "Transformer",
+    "add_mtp_targets",
     "flops_per_token",
     "get_flavor",
     "mtp_targets",

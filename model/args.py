@@ -1,11 +1,14 @@
 """The shape of a model: one frozen dataclass, shared by every family."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 
-def _arg(default, help: str, is_option: bool = True):
-    """A field; is_option False: only a flavor or a config.json sets it, no option of [model]."""
-    return field(default=default, metadata={"help": help, "is_option": is_option})
+def _arg(default, help: str, choices: tuple[str, ...] | None = None, is_option: bool = True):
+    return field(default=default, metadata={"help": help, "choices": choices, "is_option": is_option})
+
+
+_fixed = partial(_arg, is_option=False)  # not a --model.NAME option: comes from the flavor or from a config.json
 
 
 @dataclass(frozen=True)
@@ -16,76 +19,65 @@ class ModelArgs:
     """
 
     dim: int = _arg(128, "width of the residual stream")
-    n_layers: int = _arg(4, "number of blocks")
-    n_heads: int = _arg(8, "query heads")
-    n_kv_heads: int = _arg(4, "key/value heads: n_heads is multi-head attention, 1 multi-query, between them grouped")
-    hidden_dim: int = _arg(384, "hidden width of SwiGLU, in dense blocks")
-    vocab_size: int = _arg(4096, "rows of the embedding; at least the tokenizer's number of tokens")
-    max_seq_len: int = _arg(8192, "the longest sequence the model is meant for")
-    norm_eps: float = _arg(1e-5, "RMSNorm's epsilon", is_option=False)
-    tie_embeddings: bool = _arg(False, "the head reuses the embedding's weight")
+    n_layers: int = _arg(4, "number of transformer blocks")
+    n_heads: int = _arg(8, "number of query heads")
+    n_kv_heads: int = _arg(4, "number of key/value heads: n_heads is multi-head attention, 1 is multi-query attention")
+    hidden_dim: int = _arg(384, "hidden width of the feed-forward (SwiGLU) in a dense block")
+    vocab_size: int = _arg(4096, "number of rows of the embedding; at least the tokenizer's number of tokens")
+    max_seq_len: int = _arg(8192, "longest sequence that the model is meant for")
+    norm_eps: float = _fixed(1e-5, "epsilon of RMSNorm")
+    tie_embeddings: bool = _arg(False, "use the embedding's weight as the head's weight")
 
-    attention: str = _arg("gqa", '"gqa", or "mla": keys and values from a compressed latent (DeepSeek-V2)')
-    q_lora_rank: int = _arg(0, '"mla": width of the queries\' latent; 0: queries are not compressed')
+    attention: str = _arg(
+        "gqa", '"gqa": grouped-query attention; "mla": multi-head latent attention (DeepSeek-V2)', ("gqa", "mla")
+    )
+    q_lora_rank: int = _arg(0, '"mla": width of the latent of the queries; 0 means that queries are not compressed')
     kv_lora_rank: int = _arg(0, '"mla": width of the latent of keys and values')
-    qk_nope_head_dim: int = _arg(0, '"mla": channels of a query or key head without RoPE')
-    qk_rope_head_dim: int = _arg(0, '"mla": channels with RoPE; those of the key are shared by all heads')
+    qk_nope_head_dim: int = _arg(0, '"mla": channels of a query or key head that RoPE does not rotate')
+    qk_rope_head_dim: int = _arg(0, '"mla": channels of a query or key head that RoPE rotates; key heads share them')
     v_head_dim: int = _arg(0, '"mla": channels of a value head')
 
-    n_experts: int = _arg(0, "routed experts of a mixture block; 0: every block is dense")
-    top_k: int = _arg(0, "routed experts that a token goes to")
-    n_shared_experts: int = _arg(0, "experts that every token goes to, as one of so many times the width")
+    n_experts: int = _arg(0, "number of routed experts in an MoE block; 0 makes every block dense")
+    top_k: int = _arg(0, "number of routed experts that each token goes to")
+    n_shared_experts: int = _arg(0, "number of experts that every token goes to; they run as a single wide expert")
     moe_hidden_dim: int = _arg(0, "hidden width of an expert")
-    n_dense_layers: int = _arg(0, "the first blocks, which stay dense")
-    score_function: str = _arg("softmax", '"softmax" over the experts or "sigmoid" of each', is_option=False)
-    n_expert_groups: int = _arg(1, "groups of equally many experts; a token's experts come from topk_group")
-    topk_group: int = _arg(1, "groups that a token may choose from")
-    n_group_topk: int = _arg(1, "a group is ranked by the sum of its best so many scores: V2 1, V3 2", is_option=False)
-    route_norm: bool = _arg(False, "the scores of a token's experts are divided by their sum", is_option=False)
-    route_scale: float = _arg(1.0, "the scores are multiplied by this, last", is_option=False)
-    expert_bias: bool = _arg(False, "experts are chosen by score + bias, which balances them without a loss")
-    expert_bias_speed: float = _arg(0.001, "what a step adds to the bias of too idle experts, takes from too busy ones")
-    balance_loss_weight: float = _arg(0.0, "weight of the sequence-wise balance loss; 0: none")
-    n_mtp_layers: int = _arg(0, "how many further tokens are predicted in training, by a block each")
-    mtp_loss_weight: float = _arg(0.3, "weight of the mean of their losses", is_option=False)
+    n_dense_layers: int = _arg(0, "number of blocks at the start of the model that stay dense")
+    score_function: str = _fixed("softmax", "softmax over the experts, or sigmoid of each", ("softmax", "sigmoid"))
+    n_expert_groups: int = _arg(1, "number of groups that the experts are divided into, all of the same size")
+    topk_group: int = _arg(1, "number of groups that a token's experts may come from")
+    n_group_topk: int = _fixed(1, "a group ranks by the sum of this many of its highest scores (V2: 1, V3: 2)")
+    route_norm: bool = _fixed(False, "divide the scores of a token's experts by their sum")
+    route_scale: float = _fixed(1.0, "factor on the scores, after route_norm")
+    expert_bias: bool = _arg(False, "balance experts without a loss: choose them by score + bias")
+    expert_bias_speed: float = _arg(0.001, "change of an expert's bias per step: up if underloaded, down if overloaded")
+    balance_loss_weight: float = _arg(0.0, "weight of the sequence-wise balance loss; 0 turns it off")
+    n_mtp_layers: int = _arg(0, "multi-token prediction: number of extra blocks, each predicts a token further ahead")
+    mtp_loss_weight: float = _fixed(0.3, "weight of the mean of the MTP losses")
 
-    rope_theta: float = _arg(500000.0, "RoPE's base")
-    rope_scaling: str = _arg(
-        "none", '"none", or how long wavelengths are stretched: "llama3" (3.1) or "yarn"', is_option=False
-    )
-    rope_factor: float = _arg(8.0, '"llama3", "yarn": how much longer the context became', is_option=False)
-    rope_original_seq_len: int = _arg(8192, '"llama3", "yarn": the context before it was stretched', is_option=False)
-    rope_low_freq_factor: float = _arg(
-        1.0, '"llama3": fewer turns than this in the original context: fully slowed', is_option=False
-    )
-    rope_high_freq_factor: float = _arg(
-        4.0, '"llama3": more turns than this in the original context: left alone', is_option=False
-    )
-    rope_beta_fast: float = _arg(
-        32.0, '"yarn": more turns than this in the original context: left alone', is_option=False
-    )
-    rope_beta_slow: float = _arg(
-        1.0, '"yarn": fewer turns than this in the original context: fully slowed', is_option=False
-    )
-    rope_mscale: float = _arg(
-        1.0, '"yarn": attention\'s growth with the factor, by way of the rotated channels', is_option=False
-    )
-    rope_mscale_all_dim: float = _arg(0.0, '"yarn": the same by way of all channels; 0: none', is_option=False)
+    rope_theta: float = _arg(500000.0, "base of RoPE's frequencies")
+    # The rest extends a pretrained model's context: channels that rotate slowly are slowed further. "Turns" are a
+    # channel's full rotations within the original context.
+    rope_scaling: str = _fixed("none", "Llama 3.1's or YaRN's extension of the context", ("none", "llama3", "yarn"))
+    rope_factor: float = _fixed(8.0, "the long context divided by the original one")
+    rope_original_seq_len: int = _fixed(8192, "the original context")
+    rope_low_freq_factor: float = _fixed(1.0, '"llama3": channels with fewer turns than this are slowed fully')
+    rope_high_freq_factor: float = _fixed(4.0, '"llama3": channels with more turns than this are not slowed')
+    rope_beta_fast: float = _fixed(32.0, '"yarn": channels with more turns than this are not slowed')
+    rope_beta_slow: float = _fixed(1.0, '"yarn": channels with fewer turns than this are slowed fully')
+    rope_mscale: float = _fixed(1.0, '"yarn": growth of attention\'s logits with rope_factor, by the RoPE channels')
+    rope_mscale_all_dim: float = _fixed(0.0, '"yarn": the same growth, by all channels; 0: none')
 
-    init_std: float = _arg(0.02, "standard deviation of the initial weights", is_option=False)
+    init_std: float = _fixed(0.02, "standard deviation of the initial weights")
 
     def __post_init__(self):
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1.")
-        for name, choices in (
-            ("attention", ("gqa", "mla")),
-            ("score_function", ("softmax", "sigmoid")),
-            ("rope_scaling", ("none", "llama3", "yarn")),
-        ):
-            if getattr(self, name) not in choices:
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
                 known = ", ".join(f'"{choice}"' for choice in choices)
-                raise ValueError(f'model.{name} ("{getattr(self, name)}") must be one of {known}.')
+                raise ValueError(f'model.{f.name} ("{value}") must be one of {known}.')
         self._check_attention()
         self._check_experts()
         if self.n_mtp_layers < 0:
@@ -98,7 +90,7 @@ class ModelArgs:
                     raise ValueError(f'model.attention "mla" needs model.{name} ({getattr(self, name)}) of at least 1.')
             if self.n_kv_heads != self.n_heads:
                 raise ValueError(
-                    f'model.attention "mla" has as many key heads as query heads: set model.n_kv_heads '
+                    f'model.attention "mla" has as many key heads as query heads; set model.n_kv_heads '
                     f"({self.n_kv_heads}) to model.n_heads ({self.n_heads})."
                 )
         else:
@@ -125,12 +117,12 @@ class ModelArgs:
         if self.topk_group > self.n_expert_groups or self.n_group_topk > group or self.n_group_topk < 1:
             raise ValueError(
                 f"model.topk_group ({self.topk_group}) of {self.n_expert_groups} groups, ranked by "
-                f"model.n_group_topk ({self.n_group_topk}) of {group} experts each, cannot be; lower them."
+                f"model.n_group_topk ({self.n_group_topk}) of {group} experts each, is impossible; lower them."
             )
         if self.top_k > self.topk_group * group:
             raise ValueError(
-                f"model.top_k ({self.top_k}) is more than the {self.topk_group} "
-                f"groups of {group} experts that a token may choose from have."
+                f"model.top_k ({self.top_k}) is more than the {self.topk_group * group} experts in the "
+                f"{self.topk_group} groups (model.topk_group) that a token may choose from; lower it."
             )
         if self.n_dense_layers > self.n_layers:
             raise ValueError(
@@ -153,5 +145,5 @@ class ModelArgs:
         return self.qk_rope_head_dim if self.attention == "mla" else self.head_dim
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` is a mixture of experts; those of multi-token prediction count on from n_layers."""
+        """Whether block `layer` is a mixture of experts. The MTP blocks are numbered from n_layers on."""
         return self.n_experts > 0 and layer >= self.n_dense_layers

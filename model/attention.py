@@ -1,6 +1,10 @@
-"""Attention: grouped queries (multi-head and multi-query are its cases n_kv_heads = n_heads and = 1), and DeepSeek's
-multi-head latent attention. Both look at all of the past, or, where several documents share a sequence, at the past of
-the own document."""
+"""Grouped-query attention (with n_kv_heads = n_heads it is multi-head, with 1 multi-query attention), and DeepSeek's
+multi-head latent attention. Each token attends to all tokens before it and to itself; where several documents share a
+sequence, only within its document.
+
+Proof: tests/test_model.py::test_attention_equals_textbook, tests/test_hf.py::test_logits_equal_transformers and
+tests/test_packing.py::test_packed_documents_equal_each_document_alone
+"""
 
 from functools import cache
 
@@ -12,27 +16,27 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from model.args import ModelArgs
 from model.rope import apply_rope, yarn_mscale
 
-LATENT_NORM_EPS = 1e-6  # whatever norm_eps is, as in DeepSeek's reference code and in transformers
+LATENT_NORM_EPS = 1e-6  # for every norm_eps: DeepSeek's reference code and transformers do not pass it to these norms
 
 
 @cache
 def compiled(function):
-    """FlexAttention's functions must be compiled: as they are, they make the whole matrix of scores."""
+    """FlexAttention's functions must be compiled: in eager mode they materialize the whole matrix of scores."""
     return torch.compile(function, dynamic=False)
 
 
 class DocumentMask(nn.Module):
-    """Who may attend to whom where documents share a sequence: no parameters, the seam for a part of the queries."""
+    """Which tokens attend to which, where documents share a sequence. Context parallelism replaces it."""
 
     def queries(self, seq_len: int, device: torch.device) -> Tensor:
-        """The places in the sequence of those whose queries are here: int64, all of them."""
+        """The places in the sequence of the queries on this rank, int64: here all of them."""
         return torch.arange(seq_len, device=device)
 
     def forward(self, documents: Tensor, as_blocks: bool) -> Tensor | BlockMask:
-        """documents [batch, seq] (int64), the number of each token's document -> what `CoreAttention` takes, made once
-        for all layers: a tensor [batch, 1, queries, seq] that is true where both are of one document and the key is
-        not behind the query; or, as_blocks, the same for FlexAttention, which skips blocks that are false throughout
-        (CUDA, and not in float64)."""
+        """documents [batch, seq] (int64), the number of each token's document -> the mask for `CoreAttention`, made
+        once for all layers: a tensor [batch, 1, queries, seq] that is true where query and key are in the same document
+        and the key is not after the query. With as_blocks it is a BlockMask for FlexAttention, which skips blocks that
+        are false throughout; it needs CUDA, and does not take float64."""
         (batch, seq), device = documents.shape, documents.device
         queries = self.queries(seq, device)
 
@@ -46,7 +50,7 @@ class DocumentMask(nn.Module):
 
 
 class CoreAttention(nn.Module):
-    """softmax(scale q k^T) v over the past: no parameters, the one seam where attention is exchanged.
+    """softmax(scale q k^T) v with a causal mask. It has no parameters; context parallelism replaces it.
 
     scale None: 1 / sqrt(channels of a query)."""
 
@@ -55,9 +59,9 @@ class CoreAttention(nn.Module):
         self.scale = scale
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
-        """q [batch, seq, heads, d_qk], k [batch, seq, kv heads, d_qk], v [batch, seq, kv heads, d_v] -> [batch, seq,
-        heads, d_v]. A mask replaces the causal one: `DocumentMask`'s, or one for queries that are not those of all
-        keys' positions."""
+        """q [batch, queries, heads, d_qk], k [batch, seq, kv heads, d_qk], v [batch, seq, kv heads, d_v] -> [batch,
+        queries, heads, d_v]. A mask, such as `DocumentMask`'s, takes the place of the causal one; it is needed where
+        the queries are only a part of the sequence."""
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if isinstance(mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
@@ -91,9 +95,9 @@ class Attention(nn.Module):
 
 
 class LatentAttention(nn.Module):
-    """Multi-head latent attention (MLA; DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values of all heads are
-    made from one narrow latent a token, and so are the queries if q_lora_rank > 0. RoPE does not commute with that, so
-    it has channels of its own, and those of the key are one for all heads."""
+    """Multi-head latent attention (MLA; DeepSeek-V2, arXiv:2405.04434, section 2.1): the keys and values of all heads
+    are made from one narrow latent per token, and so are the queries if q_lora_rank > 0. RoPE does not commute with
+    this product, so separate channels carry it; all heads share the key's."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -112,14 +116,14 @@ class LatentAttention(nn.Module):
         self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=LATENT_NORM_EPS)
         self.wkv_b = nn.Linear(args.kv_lora_rank, kv_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.v_head_dim, args.dim, bias=False)
-        self.latent = nn.Identity()  # a seam: what is gathered here is 4 to 70 times narrower than keys and values
+        # Where context parallelism gathers: the latent is 4 to 70 times narrower than the keys and values of all heads.
+        self.latent = nn.Identity()
         self.core = CoreAttention(sum(self.qk_dims) ** -0.5 * yarn_mscale(args, args.rope_mscale_all_dim) ** 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`, mask from `DocumentMask` or None."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compresses_queries else self.wq(x)
-        # -1 and not the number of heads: under tensor parallelism a rank holds only some of them (and x is a part of
-        # the sequence that the latents are whole of).
+        # -1 and not the number of heads: under tensor parallelism a rank holds only some of them.
         q_nope, q_rope = q.unflatten(-1, (-1, sum(self.qk_dims))).split(self.qk_dims, dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
 

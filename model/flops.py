@@ -1,27 +1,30 @@
-"""How many parameters a model has and how many floating-point operations a token costs: exact, from the shape.
+"""Number of parameters and FLOPs per token, exact, from the shape of the model.
 
-`num_params` and the parameters that are active for a token leave out multi-token prediction, as the published counts
-do; training runs it, so `flops_per_token` has it.
+`num_params` leaves out multi-token prediction (MTP), as published counts do; training runs it, so `flops_per_token`
+counts it.
+
+Proof: tests/test_model.py::test_num_params_equals_module_and_published_count and
+tests/test_model.py::test_flops_per_token_equals_counted_flops
 """
 
 from model.args import ModelArgs
 
 
 def num_params(args: ModelArgs, *, active: bool = False, mtp: bool = False) -> int:
-    """Number of distinct parameters (a tied head counts once); only of those that work on a token, if active: its own
-    experts, and no embedding but as the head; with the blocks of multi-token prediction, if mtp."""
+    """Number of distinct parameters; a tied head counts once. active: only the parameters that work on a token, which
+    are the head but not the embedding's lookup, and top_k experts. mtp: MTP layers too."""
     embeddings = args.vocab_size * args.dim * (1 if args.tie_embeddings or active else 2)
     blocks = sum(_block_params(args, layer, active) for layer in range(args.n_layers))
-    further = sum(
+    mtp_layers = sum(
         _block_params(args, args.n_layers + k, active) + 2 * args.dim * args.dim + 3 * args.dim
         for k in range(args.n_mtp_layers if mtp else 0)
     )
-    return embeddings + args.dim + blocks + further
+    return embeddings + args.dim + blocks + mtp_layers
 
 
 def num_matmul_params(args: ModelArgs) -> int:
-    """Parameters that every token is multiplied with: without the norms and the embedding's lookup, with the head, with
-    its own experts, and with multi-token prediction (and once more the head for each depth of it)."""
+    """Number of parameters that a token is multiplied with: blocks with top_k experts, head, and MTP, which runs the
+    head once more for each depth; no norms and no embedding lookup."""
     mtp = args.n_mtp_layers
     blocks = sum(_block_matmul_params(args, layer, True) for layer in range(args.n_layers + mtp))
     return blocks + (1 + mtp) * args.vocab_size * args.dim + mtp * 2 * args.dim * args.dim
@@ -31,8 +34,9 @@ def flops_per_token(args: ModelArgs, seq_len: int, *, causal: bool = False) -> i
     """Forward and backward FLOPs of one training token in a sequence of seq_len.
 
     6 per matmul parameter (2 forward, 4 backward) and 6 x layers x heads x (d_qk + d_v) x seq_len for the two
-    attention products (PaLM, arXiv:2204.02311, appendix B). `causal` counts only the half of them that a causal mask
-    needs; the reported MFU does not, as in torchtitan, so that numbers compare. Recomputation is never counted.
+    attention products (PaLM, arXiv:2204.02311, appendix B). `causal` counts only the half of the attention products
+    that a causal mask needs. The reported MFU counts all of them, as torchtitan does, so that numbers compare.
+    Recomputation is never counted.
     """
     layers = args.n_layers + args.n_mtp_layers
     attention = 6 * layers * args.n_heads * (args.head_dim + args.value_head_dim) * seq_len

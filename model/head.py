@@ -1,12 +1,19 @@
-"""The head and the loss in one step, a chunk of tokens at a time, so that a batch's logits never exist at once.
+"""The head and the loss: `reference_loss` says what is computed, `loss_in_chunks` computes the same in less memory.
 
 Logits are the largest tensor of training: 8,192 tokens x 128,256 entries are 2 GiB in bfloat16 and 4 more in float32,
-several times over in backward. But a chunk's gradient is known as soon as its logits are, softmax(logits) - one_hot, so
-forward makes it at once, folds it into the gradients of h and of the weight, and forgets the logits (the idea of
-Hsu et al. 2024, arXiv:2410.10989). Nothing is computed twice.
+several times over in backward. `loss_in_chunks` makes them for a chunk of tokens at a time. The gradient of a chunk is
+known as soon as its logits are: softmax(logits) - one_hot(labels). So forward computes it at once, adds it to the
+gradients of h and of the weight, and frees the logits (the idea of Hsu et al. 2024, arXiv:2410.10989). Nothing is
+computed twice. From forward to backward it keeps a gradient like h and a gradient like the weight. Under a pipeline
+schedule that runs many forwards before the first backward (GPipe), each microbatch keeps its own.
 
-What is kept from forward to backward: a gradient like h and one like the weight. Under a pipeline schedule that runs
-many forwards before the first backward (GPipe), each microbatch keeps its own.
+With chunk_size 0 `reference_loss` itself runs, and autograd does the backward: all logits exist at once. To try another
+loss, change that function and set training.loss_chunk_size to 0.
+
+torch 2.13 has F.linear_cross_entropy for the same purpose. It is not used yet: torch 2.11 lacks it, it has no
+vocabulary-parallel form, and its chunked path does not compile.
+
+Proof: tests/test_training.py::test_chunked_loss_equals_reference_loss
 """
 
 import torch
@@ -16,68 +23,92 @@ from torch import Tensor, nn
 IGNORE_INDEX = -100  # the label of a position where there is nothing to predict
 
 
+def reference_loss(h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log p(label) over the valid labels, in nats, for h [tokens, dim], weight [vocab_size, dim] and labels
+    [tokens] (int64): a scalar, in float32 at least."""
+    logits = F.linear(h, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE_INDEX)
+
+
 class Head(nn.Linear):
-    """Logits, or, given labels, the summed cross entropy in their place."""
+    """The output projection: logits, or, given labels, the summed cross entropy in their place."""
 
     def __init__(self, dim: int, vocab_size: int, chunk_size: int = 0):
         super().__init__(dim, vocab_size, bias=False)
         self.core = HeadCore(chunk_size)
 
-    def forward(self, h: Tensor, labels: Tensor | None = None, parts: int = 1) -> Tensor:
-        """h [batch, seq, dim] -> logits [batch, seq, vocab_size]; with labels [batch, seq] (int64) the sum over valid
-        ones of -log p(label), in nats, of each of so many equal parts of the batch: [parts], float32 at least."""
+    def forward(self, h: Tensor, labels: Tensor | None = None, num_losses: int = 1) -> Tensor:
+        """h [batch, seq, dim] -> logits [batch, seq, vocab_size].
+
+        With labels [batch, seq] (int64), losses [num_losses] instead, in float32 at least: the batch is split into
+        num_losses equal parts, and each part's loss is the sum of -log p(label) over its valid labels, in nats."""
         if labels is None:
             return self.core.logits(h, self.weight)
-        pairs = zip(h.chunk(parts), labels.chunk(parts), strict=True)
-        return torch.stack([self.core(h, self.weight, labels) for h, labels in pairs])
+        parts = zip(h.chunk(num_losses), labels.chunk(num_losses), strict=True)
+        return torch.stack([self.core(h.flatten(0, 1), self.weight, labels.flatten()) for h, labels in parts])
+
+    def sequence_log_probs(self, h: Tensor, labels: Tensor) -> Tensor:
+        """The sum of log p(label) over each sequence's valid labels, in nats: [batch], differentiable. It is what
+        preference losses such as DPO are made of; see `Transformer.sequence_log_probs` for its limits."""
+        return -self(h, labels, num_losses=len(h))
 
 
 class HeadCore(nn.Module):
-    """What the head computes, without parameters: the seam where a vocabulary that is split over ranks comes in.
+    """Logits and loss, without parameters. Under tensor parallelism a vocabulary-parallel version replaces it.
 
-    chunk_size is the number of tokens whose logits exist at a time; 0: all.
+    chunk_size is the number of tokens whose logits exist at a time; 0: all tokens, by `reference_loss`.
     """
 
     def __init__(self, chunk_size: int):
         super().__init__()
         self.chunk_size = chunk_size
-        self.statistics, self.gradient = statistics, gradient  # compiled in their place: parallelize/compile.py
+        # Modules and not functions, so that they can be compiled in place.
+        self.reference_loss = ReferenceLoss()
+        self.logits_and_stats = LogitsAndStats()
+        self.loss_and_grad_logits = LossAndGradLogits()
 
     def logits(self, h: Tensor, weight: Tensor) -> Tensor:
         return F.linear(h, weight)
 
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        return loss_in_chunks(h.flatten(0, -2), weight, labels.flatten(), 0, self)
+        """`reference_loss`, or the same in chunks."""
+        if self.chunk_size == 0:
+            return self.reference_loss(h, weight, labels)
+        return loss_in_chunks(h, weight, labels, 0, self)
 
     def gather(self, stats: Tensor) -> Tensor:
-        """stats [...] of the own part of the vocabulary -> [parts, ...] of all."""
+        """Statistics [...] of the vocabulary rows on this rank -> [parts of the vocabulary, ...]; here 1 part."""
         return stats[None]
 
 
-def loss_in_chunks(h: Tensor, weight: Tensor, labels: Tensor, first_id: int, core: HeadCore) -> Tensor:
-    """Sum of cross entropies of h [tokens, dim] against labels [tokens], for rows first_id ... of the vocabulary."""
+def loss_in_chunks(h: Tensor, weight: Tensor, labels: Tensor, vocab_start_index: int, core: HeadCore) -> Tensor:
+    """`reference_loss` of h [tokens, dim] and labels [tokens], core.chunk_size tokens at a time (0: all at once).
+
+    weight holds the vocabulary rows from vocab_start_index on; `core.gather` exchanges statistics with the ranks that
+    hold the other rows."""
     needs_gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     with torch.no_grad():
         total = h.new_zeros((), dtype=torch.promote_types(h.dtype, torch.float32))
         grad_h, grad_weight = (torch.empty_like(h), torch.zeros_like(weight)) if needs_gradient else (None, None)
         size = core.chunk_size or len(h)
-        for part in (slice(start, start + size) for start in range(0, len(h), size)):
-            logits, stats = core.statistics(h[part], weight, labels[part], first_id)
-            loss, grad_logits = core.gradient(logits, core.gather(stats), labels[part], first_id)
+        for chunk in (slice(start, start + size) for start in range(0, len(h), size)):
+            logits, stats = core.logits_and_stats(h[chunk], weight, labels[chunk], vocab_start_index)
+            loss, grad_logits = core.loss_and_grad_logits(logits, core.gather(stats), labels[chunk], vocab_start_index)
             del logits
             total += loss
             if needs_gradient:
-                torch.mm(grad_logits, weight, out=grad_h[part])
-                grad_weight.addmm_(grad_logits.T, h[part])
+                torch.mm(grad_logits, weight, out=grad_h[chunk])
+                grad_weight.addmm_(grad_logits.T, h[chunk])
     if not needs_gradient:
         return total
-    # Two nodes and a sum, not one node of both: a zero-bubble schedule cuts backward in two where the ways to h and to
-    # the weight part, and in torch 2.11 that cannot be at a node written in Python.
+    # Two autograd nodes and a sum, not one node with two inputs: a zero-bubble schedule splits backward where the paths
+    # to h and to the weight part, and torch 2.11 cannot split at a node that is written in Python.
     return PrecomputedGrad.apply(h, total, grad_h) + PrecomputedGrad.apply(weight, torch.zeros_like(total), grad_weight)
 
 
 class PrecomputedGrad(torch.autograd.Function):
-    """A value whose gradient by x is known already."""
+    """Returns a value whose gradient with respect to x is already known."""
 
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -90,35 +121,42 @@ class PrecomputedGrad(torch.autograd.Function):
         return gradient * grad.to(gradient.dtype) if ctx.needs_input_grad[0] else None, None, None
 
 
-def statistics(h: Tensor, weight: Tensor, labels: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
-    """Logits [tokens, rows] of the vocabulary rows first_id ... in `weight`, and what is to be known of them where
-    other rows are elsewhere: [3, tokens], the largest, the sum of exp(logit - largest), and the label's (0 if its row
-    is not here)."""
-    logits = F.linear(h, weight)
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    largest = wide.amax(-1)
-    exp_sum = (wide - largest[:, None]).exp().sum(-1)
-    row, is_here = _row(labels, first_id, wide.size(-1))
-    at_label = wide.gather(-1, row[:, None])[:, 0].where(is_here, 0.0)
-    return logits, torch.stack((largest, exp_sum, at_label))
+class ReferenceLoss(nn.Module):
+    def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return reference_loss(h, weight, labels)
 
 
-def gradient(logits: Tensor, stats: Tensor, labels: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
-    """The chunk's summed loss, and its gradient by the logits, in their dtype; stats [parts, 3, tokens] of all parts of
-    the vocabulary."""
-    largest = stats[:, 0].amax(0)
-    log_z = largest + (stats[:, 1] * (stats[:, 0] - largest).exp()).sum(0).log()
-    is_valid = labels != IGNORE_INDEX
-    loss = (log_z - stats[:, 2].sum(0)).where(is_valid, 0.0).sum()
-    probabilities = (logits.to(log_z.dtype) - log_z[:, None]).exp()
-    row, is_here = _row(labels, first_id, logits.size(-1))
-    columns = torch.arange(logits.size(-1), device=logits.device)
-    is_label = (columns == row[:, None]) & is_here[:, None]
-    return loss, ((probabilities - is_label.to(log_z.dtype)) * is_valid[:, None]).to(logits.dtype)
+class LogitsAndStats(nn.Module):
+    def forward(self, h: Tensor, weight: Tensor, labels: Tensor, vocab_start_index: int) -> tuple[Tensor, Tensor]:
+        """Logits [tokens, rows] of the vocabulary rows in `weight`, from vocab_start_index on, and the statistics that
+        ranks with other rows need of them, [3, tokens]: the largest logit, the sum of exp(logit - largest), and the
+        label's logit (0 where the label's row is not in `weight`)."""
+        logits = F.linear(h, weight)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        largest = wide.amax(-1)
+        exp_sum = (wide - largest[:, None]).exp().sum(-1)
+        row, is_here = _row(labels, vocab_start_index, wide.size(-1))
+        at_label = wide.gather(-1, row[:, None])[:, 0].where(is_here, 0.0)
+        return logits, torch.stack((largest, exp_sum, at_label))
 
 
-def _row(labels: Tensor, first_id: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Each label's row among `rows` that begin at first_id, and whether it is one of them (0 if not)."""
-    row = labels - first_id
-    is_here = (row >= 0) & (row < rows)
+class LossAndGradLogits(nn.Module):
+    def forward(self, logits: Tensor, stats: Tensor, labels: Tensor, vocab_start_index: int) -> tuple[Tensor, Tensor]:
+        """The chunk's summed loss, and its gradient with respect to the logits, in their dtype. stats [parts, 3,
+        tokens] are the statistics of all parts of the vocabulary."""
+        largest = stats[:, 0].amax(0)
+        log_z = largest + (stats[:, 1] * (stats[:, 0] - largest).exp()).sum(0).log()
+        is_valid = labels != IGNORE_INDEX
+        loss = (log_z - stats[:, 2].sum(0)).where(is_valid, 0.0).sum()
+        probabilities = (logits.to(log_z.dtype) - log_z[:, None]).exp()
+        row, is_here = _row(labels, vocab_start_index, logits.size(-1))
+        columns = torch.arange(logits.size(-1), device=logits.device)
+        is_label = (columns == row[:, None]) & is_here[:, None]
+        return loss, ((probabilities - is_label.to(log_z.dtype)) * is_valid[:, None]).to(logits.dtype)
+
+
+def _row(labels: Tensor, vocab_start_index: int, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Each label's row among the num_rows rows from vocab_start_index on, and whether it is one of them (0 if not)."""
+    row = labels - vocab_start_index
+    is_here = (row >= 0) & (row < num_rows)
     return row.where(is_here, 0), is_here

@@ -1,6 +1,10 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): for each further token a block of its own, which
-gets what the last one made of position i and the embedding of the token i + k, and predicts token i + k + 1. Embedding
-and head are the main model's. Only training uses it; inference can drop it, or draft tokens with it.
+"""Multi-token prediction, MTP (DeepSeek-V3, arXiv:2412.19437, section 2.2).
+
+Depth k = 1 ... n_mtp_layers is one more block. At position i it gets the output of depth k - 1 and the embedding of
+token i + k, and predicts token i + k + 1. Embedding and head are shared with the main model. Only training uses MTP;
+inference can drop it, or draft tokens with it.
+
+Proof: tests/test_moe.py::test_mtp_loss_equals_textbook and tests/test_moe.py::test_mtp_targets_stay_in_their_document
 """
 
 import torch
@@ -22,19 +26,26 @@ class MTPLayer(nn.Module):
     def forward(
         self, h: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask=None
     ) -> tuple[Tensor, Tensor | None]:
-        """From what the depth before made, h [B, S, D] after its last norm, and the embedding [B, S, D] of the token
-        after each: what the head turns into logits [B, S, D], and the tokens that went to each expert. cos, sin and
-        mask are a block's."""
-        # The embedding comes first in the published weights, other than in the paper's equation 21.
+        """h [B, S, D], the output of the depth before after its last norm, and embedding [B, S, D] of the next token at
+        each position -> the head's input [B, S, D], and the number of tokens that went to each expert (None in a dense
+        block). cos, sin and mask are attention's."""
+        # The published weights have the embedding first, unlike equation 21 of the paper.
         h = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
         h, counts = self.block(h, cos, sin, mask)
         return self.norm(h), counts
 
 
+def add_mtp_targets(batch: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The batch of whole sequences with `mtp_tokens` and `mtp_labels` added; the batch itself for depth 0."""
+    return batch | mtp_targets(batch["tokens"], batch["labels"], depth) if depth else batch
+
+
 def mtp_targets(tokens: Tensor, labels: Tensor, depth: int) -> dict[str, Tensor]:
-    """What multi-token prediction of whole sequences needs, for tokens and labels [B, S]: `mtp_tokens` [B, S, depth],
-    the k-th token after each, and `mtp_labels`, the one behind that. A label is ignored unless all up to it are valid,
-    since no prediction goes beyond the end of a document or of the sequence (there, the token is 0)."""
+    """The inputs of MTP for whole sequences, given tokens and labels [B, S]: `mtp_tokens` [B, S, depth], the k-th token
+    after each token, and `mtp_labels` [B, S, depth], the token after that one.
+
+    A label is IGNORE_INDEX unless all labels from the position up to it are valid: no prediction goes past the end of a
+    document or of the sequence. Where there is no k-th token, mtp_tokens has 0."""
     next_tokens, next_labels = [], []
     for _ in range(depth):
         is_valid = labels != IGNORE_INDEX

@@ -1,7 +1,10 @@
-"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864), with two ways to stretch it to longer contexts.
+"""Rotary position embedding (RoPE; Su et al. 2021, arXiv:2104.09864), with two extensions to longer contexts.
 
-Angles and rotation are computed in float32 at least, whatever the weights' dtype: bfloat16 cannot tell position
+Angles and rotation are computed in float32 at least, for every dtype of the weights: bfloat16 cannot tell position
 4,096 from 4,100 (and a compiler must not fuse the cast away: pytorch/torchtitan #2575).
+
+Proof: tests/test_model.py::test_rope_rotates_each_pair_by_its_angle, tests/test_model.py::test_llama31_rope_scaling and
+tests/test_hf.py::test_logits_equal_transformers (YaRN)
 """
 
 import math
@@ -18,15 +21,15 @@ def rope_frequencies(args: ModelArgs, device: torch.device) -> Tensor:
     frequency = 1.0 / args.rope_theta**exponent
     if args.rope_scaling == "none":
         return frequency
-    # Wavelengths that fitted many times into the original context keep their frequency, those that did not fit are
-    # slowed by the factor, and between them it is blended.
+    # Pairs that rotate many times within the original context keep their frequency, pairs that rotate less than about
+    # once are slowed by the factor; between them the two are blended.
     if args.rope_scaling == "llama3":
-        # Along the number of turns (Llama 3.1, arXiv:2407.21783, and its reference code).
+        # Blended by the number of turns (Llama 3.1, arXiv:2407.21783, and its reference code).
         turns = args.rope_original_seq_len * frequency / (2 * math.pi)
         low, high = args.rope_low_freq_factor, args.rope_high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
     else:
-        # Along the number of the pair (YaRN, Peng et al. 2023, arXiv:2309.00071, section 3.2, and its reference code).
+        # Blended by the index of the pair (YaRN, Peng et al. 2023, arXiv:2309.00071, section 3.2, and its code).
         low = max(math.floor(_pair_with_turns(args.rope_beta_fast, args)), 0)
         high = min(math.ceil(_pair_with_turns(args.rope_beta_slow, args)), args.rope_dim - 1)
         pairs = torch.arange(len(frequency), dtype=torch.float32, device=device)
@@ -35,13 +38,13 @@ def rope_frequencies(args: ModelArgs, device: torch.device) -> Tensor:
 
 
 def _pair_with_turns(turns: float, args: ModelArgs) -> float:
-    """Number (a fraction) of the pair of channels that rotates so often within the original context."""
+    """Index (a fraction) of the pair of channels that rotates `turns` times within the original context."""
     frequency_ratio = args.rope_original_seq_len / (turns * 2 * math.pi)
     return args.rope_dim * math.log(frequency_ratio) / (2 * math.log(args.rope_theta))
 
 
 def yarn_mscale(args: ModelArgs, mscale: float) -> float:
-    """YaRN's growth of attention's sharpness with the context (section 3.4); 1 without YaRN."""
+    """YaRN's factor on queries and keys, which makes attention sharper in longer contexts (section 3.4); 1 without."""
     if args.rope_scaling != "yarn" or args.rope_factor <= 1:
         return 1.0
     return 0.1 * mscale * math.log(args.rope_factor) + 1.0
@@ -50,7 +53,8 @@ def yarn_mscale(args: ModelArgs, mscale: float) -> float:
 def rope_cos_sin(positions: Tensor, args: ModelArgs) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle: float32 [batch, seq, 1, rope_dim / 2] each, for positions [batch, seq]."""
     angles = positions[..., None, None].float() * rope_frequencies(args, positions.device)
-    # DeepSeek divides by what it multiplies attention's scale with (model/attention.py): 1 when both are the same.
+    # DeepSeek applies rope_mscale_all_dim to all channels, in attention's scale (model/attention.py), so it divides the
+    # RoPE channels by it here. The quotient is 1 when both are the same.
     mscale = yarn_mscale(args, args.rope_mscale) / yarn_mscale(args, args.rope_mscale_all_dim)
     if mscale == 1.0:
         return angles.cos(), angles.sin()
@@ -60,8 +64,8 @@ def rope_cos_sin(positions: Tensor, args: ModelArgs) -> tuple[Tensor, Tensor]:
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channels (2i, 2i + 1) of x [batch, seq, heads, rope_dim] by their angle; same shape and dtype.
 
-    Neighbouring channels form a pair, as in Meta's and DeepSeek's checkpoints; Hugging Face's Llama pairs channel i
-    with i + rope_dim / 2, which is the same model with the rows of wq and wk permuted.
+    Adjacent channels form a pair, as in Meta's and DeepSeek's checkpoints. Hugging Face's Llama pairs channel i with
+    i + rope_dim / 2 ("rotate_half"); that is the same model with the rows of wq and wk permuted.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)

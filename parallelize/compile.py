@@ -49,6 +49,6 @@ def apply_compile(
         if compiles_experts:
             moe.experts.compute.compile(**options | dict(dynamic=True))  # the number of rows changes at every call
     if stage.output is not None:
-        # A chunk's loss, in two parts: between them, ranks that share the vocabulary exchange their statistics.
-        stage.output.core.logits_and_stats.compile(**options)
-        stage.output.core.loss_and_grad_logits.compile(**options)
+        # A chunk's loss is in two parts: between them, ranks that share the vocabulary exchange their statistics.
+        for part in stage.output.core.children():
+            part.compile(**options)

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_module
 
-from model.moe import Take, inverse_of
+from model.moe import Permute, inverse_permutation
 from parallelize.styles import AllReduce, LocalWeights, Plan, apply_plan
 from torch_private import all_to_all_single_autograd
 
@@ -93,13 +93,13 @@ class TokenDispatcher:
             expert = torch.arange(num_experts, device=rows.device).repeat(self.size)
             expert = expert.repeat_interleave(received_PE.flatten(), output_size=sum(self.received))
             self.order = expert.argsort(stable=True)
-            self.place = inverse_of(self.order)
+            self.place = inverse_permutation(self.order)
         rows = all_to_all_single_autograd(rows, self.received, self.sent, self.group)
-        return Take.apply(rows, self.order, self.place, 1), received_PE.sum(0)
+        return Permute.apply(rows, self.order, self.place, 1), received_PE.sum(0)
 
     def combine(self, rows: Tensor) -> Tensor:
         """Returns the experts' results to the ranks and places that their rows came from."""
-        rows = Take.apply(rows, self.place, self.order, 1)
+        rows = Permute.apply(rows, self.place, self.order, 1)
         return all_to_all_single_autograd(rows, self.sent, self.received, self.group)
 
 

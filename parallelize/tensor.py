@@ -176,7 +176,7 @@ class VocabParallelCrossEntropy(HeadCore):
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         rows = weight.to_local()
         vocab_start_index = self.mesh.get_local_rank() * rows.size(0)
-        return loss_in_chunks(h.flatten(0, -2), rows, labels.flatten(), vocab_start_index, self)
+        return loss_in_chunks(h, rows, labels, vocab_start_index, self)
 
     def gather(self, stats: Tensor) -> Tensor:
         return DTensor.from_local(stats[None], self.mesh, [Shard(0)], run_check=False).full_tensor()

@@ -1,4 +1,4 @@
-"""The balance between experts: what the bias brings about, how it is counted, and what is told of it."""
+"""Balancing experts with the bias: its effect, the counts behind it, its report, and resuming it."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ import torch.distributed as dist
 from helpers.layouts import MODELS
 from helpers.ranks import run_ranks
 from helpers.runs import options, train_on, write_ragged_text
-from scripts.plot_balance import arguments, loads, write_skewed_text
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.plot_balance import arguments, loads, write_skewed_text
 from model import ModelArgs, Transformer
 from parallelize import init_weights
 from parallelize.activation import apply_activation_checkpointing
@@ -28,10 +28,10 @@ def _train(arguments: list[str]) -> None:
     train.main(load_config(arguments))
 
 
-def test_the_bias_balances_a_skewed_stream(tmp_path):
-    """On words of very uneven frequency a few experts take nearly all tokens. With the bias, in 200 steps, the busiest
-    expert of no layer has more than 1.3 times its share, as a mean over the last 20; without, it has more than
-    twice its share in every layer."""
+def test_bias_balances_a_skewed_stream(tmp_path):
+    """On words of very uneven frequency a few experts take nearly all tokens. The busiest expert's load, as a mean over
+    the last 20 of 200 steps, is less than 1.3 times the mean load in every layer with the bias, and more than twice the
+    mean load in every layer without it."""
     text, load = write_skewed_text(tmp_path / "skewed.jsonl"), {}
     for bias in (False, True):
         run_ranks(1, _train, arguments(bias, tmp_path / str(bias), text))
@@ -42,8 +42,8 @@ def test_the_bias_balances_a_skewed_stream(tmp_path):
 
 
 @pytest.fixture
-def alone():
-    """An axis of one rank, this process."""
+def one_rank():
+    """A mesh axis with this process as its only rank."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -57,16 +57,16 @@ def build() -> Transformer:
 
 
 def feed(model: Transformer) -> None:
-    """Forward and backward of two sequences of eight tokens, with the tokens behind each."""
+    """Forward and backward of two sequences of eight tokens, with MTP."""
     tokens = torch.randint(32, (2, 8))
     model(tokens, torch.arange(8).expand(2, 8), tokens, tokens[..., None], tokens[..., None]).backward()
 
 
-def test_an_update_moves_the_bias_in_place(alone):
-    """By its speed, up for experts with less than the mean and down for those with more, of each layer by its own
-    counts, in the very tensors that the checkpoint holds; then counting begins anew."""
+def test_update_moves_the_bias_in_place(one_rank):
+    """An update adds expert_bias_speed to the bias of experts with less than the mean load and subtracts it from those
+    with more: in each layer by its own counts, in the very tensors that a checkpoint holds. It resets the counts."""
     model = build()
-    balance = ExpertLoadBalancer([model], alone, alone)
+    balance = ExpertLoadBalancer([model], one_rank, one_rank)
     saved = dict(balance.biases)
     assert list(saved) == ["layers.1.moe.router.expert_bias", "mtp.0.block.moe.router.expert_bias"]
     for block, counts in zip(list(model.blocks().values())[1:], ([9, 1, 2, 0], [3, 4, 3, 2]), strict=True):
@@ -84,11 +84,11 @@ def test_an_update_moves_the_bias_in_place(alone):
 
 
 @pytest.mark.parametrize("recomputed", ["none", "full", "selective"])
-def test_each_token_is_counted_once(recomputed):
-    """Two microbatches of 16 tokens are 2 x 16 x 2 choices in every mixture, run again in backward or not; tokens that
-    are not trained on count nothing."""
+def test_activation_checkpointing_counts_each_token_once(recomputed):
+    """Two microbatches of 16 tokens with top_k 2 are 2 x 16 x 2 choices in every mixture, also where forward is
+    recomputed in backward. In eval mode nothing is counted."""
     model = build()
-    apply_activation_checkpointing(model, mode=recomputed, selective="op", memory_budget=1.0)
+    apply_activation_checkpointing(model, mode=recomputed, selective_option="op")
     for _ in range(2):
         feed(model)
     model.eval()
@@ -96,10 +96,11 @@ def test_each_token_is_counted_once(recomputed):
     assert [b.moe.router.tokens_per_expert.sum().item() for b in model.blocks().values() if b.moe] == [64, 64]
 
 
-def test_collapse_is_told_and_nothing_else(alone, tmp_path, capsys):
-    """The line of a step is followed by a warning with the layer where half of the experts are idle, else by none."""
+def test_routing_collapse_logs_a_warning(one_rank, tmp_path, capsys):
+    """A step's line is followed by a warning that names the layer where half of the experts are idle; by nothing if
+    there is none."""
     model = build()
-    balance = ExpertLoadBalancer([model], alone, alone)
+    balance = ExpertLoadBalancer([model], one_rank, one_rank)
     metrics = Metrics(
         str(tmp_path), is_writer=True, log_freq=1, total_steps=2, flops_per_token=1, num_devices=1,
         device=torch.device("cpu"), enable_tensorboard=False,
@@ -116,28 +117,28 @@ def test_collapse_is_told_and_nothing_else(alone, tmp_path, capsys):
     assert len(warning) == 1 and warning[0].startswith("warning: routing collapses") and "1 (50%);" in warning[0]
 
 
-def test_metrics_of_every_mixture_layer_from_any_stage(tmp_path):
-    """Three numbers for the mixture block and for that of multi-token prediction, also where rank 0, which writes them,
-    has the first stage and with it no mixture at all; the same as from one process. A dense model has none."""
+def test_metrics_report_every_mixture_layer_under_pipeline(tmp_path):
+    """Three numbers for the mixture block and for the MTP block, the same as from one process. Rank 0, which writes
+    them, has the first pipeline stage, without a mixture. A dense model has none of these numbers."""
     text = options(data__path=str(write_ragged_text(tmp_path)), training__steps=2)
     keys = ("expert_load", "expert_idle", "expert_bias_range")
-    alone, staged = (
+    expected, ours = (
         train_on(
             ranks, tmp_path / str(ranks), text, MODELS["V3"],
             options(training__local_batch_size=8, parallelism__pipeline_parallel_degree=ranks),
         )["metrics"]
         for ranks in (1, 2)
     )  # fmt: skip
-    for ours, expected in zip(staged, alone, strict=True):
-        assert all(len(ours[key]) == 2 and ours[key] == expected[key] for key in keys)
-        assert min(ours["expert_load"]) > 1 and min(ours["expert_bias_range"]) > 0
+    for row, expected_row in zip(ours, expected, strict=True):
+        assert all(len(row[key]) == 2 and row[key] == expected_row[key] for key in keys)
+        assert min(row["expert_load"]) > 1 and min(row["expert_bias_range"]) > 0
     dense = train_on(1, tmp_path / "dense", text, options(training__local_batch_size=8))
     assert not any(key in row for row in dense["metrics"] for key in keys)
 
 
-def test_the_bias_is_resumed_in_any_layout(tmp_path):
-    """Three steps in a row, and two of them continued as pipeline x FSDP: the same biases, which are not those of two
-    steps, and the same loss."""
+def test_bias_resumes_in_any_layout(tmp_path):
+    """Two steps of one process, resumed as pipeline x FSDP for a third, give the biases and losses of three steps in a
+    row. The biases after two steps are others."""
     text = options(data__path=str(write_ragged_text(tmp_path)), lr_scheduler__decay_ratio=0.0) | MODELS["V3"]
     straight = train_on(1, tmp_path / "straight", text, options(training__local_batch_size=8))
     saving = options(checkpoint__enable="true", checkpoint__interval=2)

@@ -1,13 +1,15 @@
-"""The model on one device: sizes, arithmetic and initial values."""
+"""The model on one device: sizes, arithmetic, log probabilities of sequences, and initial values."""
 
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from helpers.flavors import BUILT_IN_FLAVORS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import FLAVORS, ModelArgs, Transformer, flops_per_token, get_flavor, num_params
+from model import IGNORE_INDEX, ModelArgs, Transformer, flops_per_token, get_flavor, num_params
 from model.init import fill_initial_values, init_std
 from model.rope import apply_rope, rope_cos_sin, rope_frequencies
 from parallelize import init_weights
@@ -34,9 +36,9 @@ def tokens_and_positions(batch=2, seq=16, vocab=97, offset=0):
     return tokens, torch.arange(offset, offset + seq).expand(batch, seq)
 
 
-@pytest.mark.parametrize("flavor", FLAVORS)
-def test_parameter_counts(flavor):
-    """Each flavor's formula equals the module's own count, and Meta's where there is a published one."""
+@pytest.mark.parametrize("flavor", BUILT_IN_FLAVORS)
+def test_num_params_equals_module_and_published_count(flavor):
+    """Each flavor's formula equals the count of the module's parameters, and Meta's where it is published."""
     args = get_flavor(flavor)
     with torch.device("meta"):
         counted = sum(p.numel() for p in Transformer(args).parameters())
@@ -47,16 +49,17 @@ def test_parameter_counts(flavor):
     ("deepseek_v2_lite_16b", 15.7, 2.4), ("deepseek_v3_236b", 236, 21), ("deepseek_v3_671b", 671, 37),
     ("kimi_k2_1t", 1026, 32),
 ])  # fmt: skip
-def test_published_sizes_of_mixtures(flavor, total, active):
-    """Billions of parameters, all and at work on a token, as the reports say, which round: V2-Lite 15.7 and 2.4, V2
-    236 and 21, V3 671 and 37, Kimi K2 1T (1,026) and 32."""
+def test_num_params_of_mixtures_equals_published_sizes(flavor, total, active):
+    """Billions of parameters, total and active per token, as the rounded numbers of the reports: V2-Lite 15.7 and 2.4,
+    V2 236 and 21, V3 671 and 37, Kimi K2 1T (1,026) and 32."""
     args = get_flavor(flavor)
     assert num_params(args) / 1e9 == pytest.approx(total, rel=0.002)
     assert num_params(args, active=True) / 1e9 == pytest.approx(active, rel=0.025)
 
 
-def test_flops_equal_the_counted_ones():
-    """FLOPs a token are exactly the multiplications and additions of the matmuls that torch runs, forward and back."""
+def test_flops_per_token_equals_counted_flops():
+    """The FLOPs per token are exactly the multiplications and additions in the matmuls that torch runs, forward and
+    backward."""
     seq = 32
     model = build(torch.float32)
     tokens, positions = tokens_and_positions(seq=seq)
@@ -65,15 +68,15 @@ def test_flops_equal_the_counted_ones():
     assert counter.get_total_flops() == flops_per_token(model.args, seq) * tokens.numel()
 
 
-def test_flops_of_llama3_8b():
-    """The two rulers at 8k: 57.9 GFLOP a token as torchtitan counts, 51.5 with causal attention."""
+def test_flops_per_token_of_llama3_8b():
+    """At 8k tokens: 57.9 GFLOP per token as torchtitan counts, 51.5 with causal attention."""
     args = get_flavor("llama3_8b")
     assert round(flops_per_token(args, 8192) / 1e9, 1) == 57.9
     assert round(flops_per_token(args, 8192, causal=True) / 1e9, 1) == 51.5
 
 
 @pytest.mark.parametrize("n_kv_heads", [6, 3, 2, 1])
-def test_attention_equals_the_textbook(n_kv_heads):
+def test_attention_equals_textbook(n_kv_heads):
     """Multi-head, grouped and multi-query attention agree with softmax(q k / sqrt(d)) v written out head by head."""
     torch.manual_seed(0)
     model = build(n_kv_heads=n_kv_heads)
@@ -92,8 +95,8 @@ def test_attention_equals_the_textbook(n_kv_heads):
     torch.testing.assert_close(attention(x, cos, sin), torch.cat(heads, -1) @ attention.wo.weight.T)
 
 
-def test_the_future_does_not_change_the_past():
-    """Logits at a position depend on no later token."""
+def test_logits_do_not_depend_on_later_tokens():
+    """Changing the tokens from position 10 on changes the logits from position 10 on, and no others."""
     model = build()
     tokens, positions = tokens_and_positions()
     changed = tokens.clone()
@@ -102,8 +105,9 @@ def test_the_future_does_not_change_the_past():
     assert torch.equal(a[:, :10], b[:, :10]) and not torch.equal(a[:, 10], b[:, 10])
 
 
-def test_positions_are_read_and_relative():
-    """Moving a whole sequence along changes no logit (but for float32 angles); moving half of it does."""
+def test_logits_depend_on_relative_positions():
+    """Adding a constant to all positions changes no logit, except for the rounding of float32 angles; adding it to half
+    of them does."""
     model = build()
     tokens, positions = tokens_and_positions()
     logits = model(tokens, positions)
@@ -112,24 +116,25 @@ def test_positions_are_read_and_relative():
     assert (model(tokens, gap) - logits).abs().max() > 1e-3
 
 
-def test_rope_turns_each_pair_by_its_angle():
-    """Channels (2i, 2i+1), as a complex number, are multiplied by exp(i position / theta^(2i/d)), in float32."""
+def test_rope_rotates_each_pair_by_its_angle():
+    """Channels (2k, 2k+1), as a complex number, are multiplied by exp(i position / theta^(2k/d)), in float32."""
     args = ModelArgs(**SMALL, rope_theta=10000.0)
     x = torch.randn(1, 5, 3, args.head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     positions = torch.tensor([[0, 1, 7, 100, 3]])
-    turned = apply_rope(x, *rope_cos_sin(positions, args))
+    rotated = apply_rope(x, *rope_cos_sin(positions, args))
     for i in range(args.head_dim // 2):
         angle = positions.double() / 10000.0 ** (2 * i / args.head_dim)
         expected = (
             torch.complex(x[..., 2 * i], x[..., 2 * i + 1]) * torch.polar(torch.ones_like(angle), angle)[..., None]
         )
-        torch.testing.assert_close(torch.view_as_real(expected), turned[..., 2 * i : 2 * i + 2], rtol=0, atol=1e-5)
+        torch.testing.assert_close(torch.view_as_real(expected), rotated[..., 2 * i : 2 * i + 2], rtol=0, atol=1e-5)
     cos, sin = rope_cos_sin(torch.tensor([[4097]]), args)
     assert cos.dtype == torch.float32 and apply_rope(x.bfloat16(), cos, sin).dtype == torch.bfloat16
 
 
 def test_llama31_rope_scaling():
-    """Short wavelengths stay, long ones are slowed by the factor, between them the published blend, per channel."""
+    """Per channel: short wavelengths keep their frequency, long wavelengths are slowed by the factor, and between them
+    stands the published blend."""
     args = get_flavor("llama3_8b")
     scaled = rope_frequencies(args, torch.device("cpu"))
     for i in range(args.head_dim // 2):
@@ -146,7 +151,7 @@ def test_llama31_rope_scaling():
 
 
 def test_tied_embeddings_share_one_weight():
-    """A tied head is the embedding itself, also after the way over meta, and gets both gradients."""
+    """A tied head's weight is the embedding's weight, also for a model made on meta, and gets both gradients."""
     args = ModelArgs(**SMALL, tie_embeddings=True)
     with torch.device("meta"):
         model = Transformer(args).double()
@@ -154,7 +159,7 @@ def test_tied_embeddings_share_one_weight():
     init_weights(model, args, seed=0)
     assert model.output.weight is model.tok_embeddings.weight
     model(*tokens_and_positions()).logsumexp(-1).sum().backward()
-    assert (model.tok_embeddings.weight.grad.abs().sum(1) > 0).all()  # also of tokens that were not read
+    assert (model.tok_embeddings.weight.grad.abs().sum(1) > 0).all()  # also the rows of tokens that do not occur
 
 
 @pytest.mark.parametrize(
@@ -167,16 +172,41 @@ def test_tied_embeddings_share_one_weight():
         (dict(rope_scaling="linear"), 'rope_scaling ."linear".'),
     ],
 )
-def test_impossible_shapes(changes, message):
-    """Sizes that do not fit together are refused with their numbers."""
+def test_model_args_rejects_impossible_shapes(changes, message):
+    """The error holds the numbers that do not fit together."""
     with pytest.raises(ValueError, match=message):
         ModelArgs(**{**SMALL, **changes})
 
 
-def test_unknown_flavor_names_the_nearest():
-    """A misspelt flavor is answered with the one that was meant."""
+def test_unknown_flavor_suggests_the_nearest():
+    """The error for a misspelt flavor names the most similar flavor."""
     with pytest.raises(ValueError, match='did you mean "llama3_8b"'):
         get_flavor("llama3-8b")
+
+
+@pytest.mark.parametrize("chunk_size", [0, 7])
+def test_sequence_log_probs_equal_log_softmax(chunk_size):
+    """Values, and every parameter's gradient through a preference loss (DPO, arXiv:2305.18290, without a reference
+    model), equal those from log_softmax of the logits. Ignored labels and MTP take no part."""
+    args = ModelArgs(**SMALL, n_mtp_layers=1)
+    model = Transformer(args, chunk_size).double()
+    init_weights(model, args, seed=0)
+    tokens, positions = tokens_and_positions(batch=4)
+    labels = tokens.roll(-1, 1).masked_fill(positions < torch.tensor([[3], [0], [16], [9]]), IGNORE_INDEX)
+    table = model(tokens, positions).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    expected = table.masked_fill(labels == IGNORE_INDEX, 0).sum(1)
+    log_probs = model.sequence_log_probs(tokens, positions, labels)
+    assert log_probs[2] == 0  # it has no valid label
+    torch.testing.assert_close(log_probs, expected, rtol=1e-12, atol=1e-12)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    ours, theirs = (
+        torch.autograd.grad(-F.logsigmoid(0.1 * (x[:2] - x[2:])).sum(), parameters, allow_unused=True)
+        for x in (log_probs, expected)
+    )
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        assert (a is None) == (b is None) == name.startswith("mtp.")
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
 
 
 # ------------------------------------------------------------------------------------------------ initial values
@@ -188,8 +218,8 @@ def whole(name: str, shape: tuple[int, ...], seed=0, dtype=torch.float32) -> tor
     return tensor
 
 
-def test_any_part_of_a_parameter_starts_the_same():
-    """Rectangles of any size and stride, alone, hold bitwise what the whole parameter holds there."""
+def test_any_part_of_a_parameter_has_the_whole_parameters_values():
+    """A rectangle of any size and stride, drawn alone, is bitwise equal to that part of the whole parameter."""
     name, shape = "layers.0.attention.wq.weight", (301, 257)
     full, random = whole(name, shape), torch.Generator().manual_seed(0)
     for _ in range(50):
@@ -201,7 +231,8 @@ def test_any_part_of_a_parameter_starts_the_same():
 
 
 def test_initial_values_are_a_truncated_normal():
-    """Mean 0, the standard deviation asked for (0.9866 of it after cutting at 3), no value beyond, no correlation."""
+    """Mean 0, the standard deviation asked for (0.9866 of it, since it is truncated at 3), no larger value, and no
+    correlation between elements."""
     x = whole("output.weight", (2000, 1500))
     std = init_std("output.weight", ModelArgs())
     n = x.numel()
@@ -214,7 +245,7 @@ def test_initial_values_are_a_truncated_normal():
 
 
 def test_initial_values_differ_by_name_and_seed():
-    """Layers, weights and seeds have streams of their own, also of each other's transposes and shifts."""
+    """Each layer, weight and seed has other random numbers, and not a shift of another's."""
     a = whole("layers.0.attention.wq.weight", (64, 64))
     others = [whole("layers.1.attention.wq.weight", (64, 64)), whole("layers.0.attention.wk.weight", (64, 64))]
     others += [whole("layers.0.attention.wq.weight", (64, 64), seed=1)]
@@ -222,8 +253,8 @@ def test_initial_values_differ_by_name_and_seed():
         assert len(set(a.flatten().tolist()) & set(b.flatten().tolist())) < 20
 
 
-def test_init_covers_every_parameter():
-    """Norms start as ones, residual projections are smaller, and a name without a rule is a bug that says so."""
+def test_init_std_has_a_rule_for_every_parameter():
+    """Norms start as ones, projections into the residual stream are smaller, and a name without a rule is an error."""
     model = build(torch.float32, dim=96, n_layers=8)
     assert (model.norm.weight == 1).all() and (model.layers["3"].ffn_norm.weight == 1).all()
     ratio = model.layers["0"].attention.wo.weight.std() / model.layers["0"].attention.wq.weight.std()

@@ -1,12 +1,12 @@
-"""Mixture of experts and multi-token prediction against references written out token by token, in float64: results,
-and the gradients of everything."""
+"""Mixture of experts and multi-token prediction (MTP) equal references that are written out token by token, in
+float64: results, and every gradient."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE_INDEX, ModelArgs, Transformer, mtp_targets
-from model.moe import MoE, experts_grouped, experts_in_a_loop
+from model import IGNORE_INDEX, ModelArgs, Transformer, add_mtp_targets, mtp_targets
+from model.moe import MoE, Permute, experts_grouped, experts_in_a_loop, inverse_permutation
 from model.rope import rope_cos_sin
 from model.transformer import FeedForward
 from parallelize import init_weights
@@ -28,7 +28,7 @@ def best(values: list[float], number: int) -> list[int]:
 
 
 def experts_of_token(scores: list[float], bias: list[float], args: ModelArgs) -> list[int]:
-    """The papers' rule: groups by the sum of their best, then the best of these groups; by score + bias."""
+    """The papers' rule, by score + bias: the groups with the highest sum of their best, then the best in these."""
     ranks = [s + b for s, b in zip(scores, bias, strict=True)]
     size = args.n_experts // args.n_expert_groups
     groups = [ranks[g * size : (g + 1) * size] for g in range(args.n_expert_groups)]
@@ -38,7 +38,7 @@ def experts_of_token(scores: list[float], bias: list[float], args: ModelArgs) ->
 
 
 def reference(moe: MoE, x: torch.Tensor, args: ModelArgs, sequences: int) -> tuple[torch.Tensor, torch.Tensor, list]:
-    """The result, the balance loss and the number of tokens by expert, one token after the other."""
+    """The result, the balance loss and the number of tokens per expert, one token after the other."""
     bias = moe.router.expert_bias.tolist() if args.expert_bias else [0.0] * args.n_experts
     ys, balance_loss, counts = [], 0, [0] * args.n_experts
     for sequence in x:
@@ -66,9 +66,10 @@ def reference(moe: MoE, x: torch.Tensor, args: ModelArgs, sequences: int) -> tup
 
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("balance_loss_weight", [0.0, 0.7])
-def test_mixture_equals_a_loop_over_tokens(routing, balance_loss_weight):
-    """Result, counts, and the gradients of input, router, experts and shared experts, the balance loss's included: a
-    mean over the step's sequences, whatever the loss is divided by. The bias chooses, but does not weigh."""
+def test_moe_equals_loop_over_tokens(routing, balance_loss_weight):
+    """Equal are the result, the counts, and the gradients of input, router, experts and shared experts. They include
+    the balance loss: a mean over the step's sequences, independent of what the loss is divided by. The bias changes
+    which experts are selected, not their weight."""
     args = ModelArgs(**SHAPE, **ROUTINGS[routing], balance_loss_weight=balance_loss_weight)
     torch.manual_seed(0)
     moe = MoE(args, FeedForward(args.dim, 6), sequences_per_step=5).double()
@@ -87,9 +88,9 @@ def test_mixture_equals_a_loop_over_tokens(routing, balance_loss_weight):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_groups_and_bias_by_hand():
-    """Experts 0 and 2 score highest, but groups (0, 1), (2, 3), (4, 5) rank by the sums 1.1, 1.0 and 1.2 of score +
-    bias: of the first and the last, experts 0 and 5 are taken, and weigh by what they score without it."""
+def test_router_selects_by_groups_and_bias():
+    """By hand: experts 0 and 2 have the highest scores. But the groups (0, 1), (2, 3), (4, 5) rank by the sums 1.1, 1.0
+    and 1.2 of score + bias: experts 0 and 5 of the first and last group are selected, weighted by score alone."""
     groups = dict(n_expert_groups=3, topk_group=2, n_group_topk=2)
     shape = SHAPE | dict(n_experts=6, top_k=2, score_function="sigmoid", expert_bias=True)
     moe = MoE(ModelArgs(**shape, **groups), None, 1).double()
@@ -103,9 +104,9 @@ def test_groups_and_bias_by_hand():
     torch.testing.assert_close(weights, scores[[0, 5]][None])
 
 
-def test_what_is_float32_in_bfloat16():
-    """Logits and scores, hence the choice; the bias, whose steps bfloat16 would not take up; and the sum over a token's
-    experts: bit for bit as in float32, from what is in bfloat16."""
+def test_bfloat16_moe_computes_routing_in_float32():
+    """In a bfloat16 model three things equal, bit for bit, the same computation in float32: logits and scores, and so
+    the selection; the bias, whose small steps bfloat16 would round away; and the sum over a token's experts."""
     args = ModelArgs(**SHAPE, **ROUTINGS["V3"])
     torch.manual_seed(0)
     moe = MoE(args, None, sequences_per_step=1).bfloat16()
@@ -121,9 +122,10 @@ def test_what_is_float32_in_bfloat16():
     assert torch.equal(summed, wide.combine(rows.float(), scores))
 
 
-def test_balance_loss_by_hand():
-    """Three of four tokens choose the first of two experts, whose mean share is 0.7: f = (1.5, 0.5), P = (0.7, 0.3),
-    and f P = 1.2; balanced routing has 1, its least. Times the weight, over the step's sequences, for one of four."""
+def test_balance_loss_equals_formula():
+    """By hand: three of four tokens choose the first of two experts, whose mean share of the scores is 0.7. So f is
+    (1.5, 0.5), P is (0.7, 0.3) and the sum of f P is 1.2; balanced routing has the minimum, 1. It is multiplied by the
+    weight, and divided by the step's four sequences."""
     args = ModelArgs(**SHAPE | dict(n_experts=2, top_k=1), balance_loss_weight=0.5)
     router = MoE(args, None, sequences_per_step=4).double().router
     shares = torch.tensor([[0.8, 0.2], [0.9, 0.1], [0.7, 0.3], [0.4, 0.6]], dtype=torch.float64)
@@ -133,8 +135,8 @@ def test_balance_loss_by_hand():
 
 
 @pytest.mark.parametrize("counts", [[5, 0, 3, 8], [0, 0, 16, 0]])
-def test_grouped_experts_equal_the_loop(counts):
-    """In float32, with experts that get nothing; results and every gradient."""
+def test_grouped_experts_equal_loop_over_experts(counts):
+    """Results and every gradient, in float32, also where some experts get no tokens."""
     torch.manual_seed(0)
     shapes = [(16, 8), (4, 8, 16), (4, 16, 8), (4, 8, 16)]
     rows, *weights = (torch.randn(shape, requires_grad=True) for shape in shapes)
@@ -145,13 +147,29 @@ def test_grouped_experts_equal_the_loop(counts):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 
 
-def test_further_tokens_stay_in_their_document():
-    """Depth k reads token i + k and predicts token i + k + 1, if no document ends on the way; by a loop over i."""
+def test_permute_example_and_gradient():
+    """The docstring's example; unpermuting undoes it; and backward equals autograd's through plain indexing."""
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([2, 0, 3, 1])
+    inverse = inverse_permutation(indices)
+    rows = Permute.apply(x, indices, inverse, 2)
+    assert torch.equal(rows, x[[1, 0, 1, 0]])
+    assert torch.equal(Permute.apply(rows, inverse, indices, 1), x.repeat_interleave(2, 0))
+    direction = torch.randn(4, 3, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((y * direction).sum(), x) for y in (rows, x[indices // 2]))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_mtp_targets_stay_in_their_document():
+    """Depth k reads token i + k and predicts token i + k + 1, unless a document ends in between: by a loop over i.
+    Depth 0 leaves a batch unchanged."""
     torch.manual_seed(0)
     tokens, ends = torch.randint(23, (3, 12)), torch.rand(3, 12) < 0.25
     following = torch.randint(23, (3, 1))  # the token behind the sequence is a label too
     labels = torch.cat((tokens[:, 1:], following), 1).masked_fill(ends, IGNORE_INDEX)
-    made = mtp_targets(tokens, labels, depth=2)
+    batch = dict(tokens=tokens, labels=labels)
+    made = add_mtp_targets(batch, depth=2)
+    assert add_mtp_targets(batch, depth=0) == batch and made.keys() == {*batch, "mtp_tokens", "mtp_labels"}
     for b in range(3):
         for i in range(12):
             for k in (1, 2):
@@ -160,14 +178,14 @@ def test_further_tokens_stay_in_their_document():
                 assert made["mtp_tokens"][b, i, k - 1] == (tokens[b, i + k] if is_read else 0)
                 is_valid = inside and not ends[b, i : i + k + 1].any()
                 assert made["mtp_labels"][b, i, k - 1] == (labels[b, i + k] if is_valid else IGNORE_INDEX)
-    assert (made["mtp_labels"] != IGNORE_INDEX).any(1).all()  # not all of it is ignored
+    assert (made["mtp_labels"] != IGNORE_INDEX).any(1).all()  # every sequence has valid labels at both depths
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_loss_of_further_tokens(tied):
-    """Its gradient, of every parameter, is that of cross entropy of token i + k + 1 from what depth k - 1 made of i and
-    the embedding of i + k, by the main model's head: summed over valid labels, the mean over depths times its weight.
-    The value that is returned is the main loss alone."""
+def test_mtp_loss_equals_textbook(tied):
+    """Every parameter's gradient equals that of the main loss + mtp_loss_weight x the mean over depths of the MTP
+    losses. Depth k's loss is the cross entropy of token i + k + 1, summed over valid labels; the main model's head
+    predicts it from depth k - 1's output at i and the embedding of token i + k. The returned loss is the main loss."""
     args = ModelArgs(**SHAPE, top_k=2, n_mtp_layers=2, mtp_loss_weight=0.3, tie_embeddings=tied)
     model = Transformer(args).double()
     init_weights(model, args, seed=0)

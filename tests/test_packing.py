@@ -1,6 +1,7 @@
-"""Documents side by side in a sequence: each is trained on as if it were alone."""
+"""Documents that are packed into one sequence: each is trained on as if it were alone."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,19 +12,20 @@ from helpers.texts import BYTE
 
 from config import load_config
 from data import build_dataset
-from model import IGNORE_INDEX, Transformer, attention, mtp_targets
+from model import IGNORE_INDEX, Transformer, add_mtp_targets, attention, get_flavor
 from model.attention import BlockMask, CoreAttention, DocumentMask
 from parallelize.context import CPDocumentMask
-from train import model_args_of
 
-WITHOUT_BALANCE = V3 | {"model.balance_loss_weight": "0", "model.n_mtp_layers": "2"}  # that loss is of whole sequences
+# The balance loss is of whole sequences, so it cannot be a sum over documents.
+WITHOUT_BALANCE = V3 | {"model.balance_loss_weight": "0", "model.n_mtp_layers": "2"}
 
 
 def model_of(settings: dict[str, str]) -> Transformer:
     arguments = {name: value for name, value in (TINY | settings).items() if name.startswith("model.")}
     torch.manual_seed(0)
-    model = Transformer(model_args_of(load_config([f"--{name}={value}" for name, value in arguments.items()])))
-    model.double()
+    shape = vars(load_config([f"--{name}={value}" for name, value in arguments.items()]).model)
+    overrides = {name: value for name, value in shape.items() if name != "flavor" and value is not None}
+    model = Transformer(replace(get_flavor(shape["flavor"]), **overrides)).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
@@ -32,11 +34,13 @@ def model_of(settings: dict[str, str]) -> Transformer:
 def packed_dataset(folder, texts: list[str], seq_len: int, packing: str = "documents"):
     path = folder / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    return build_dataset("text", str(path), BYTE, seq_len=seq_len, seed=0, packing=packing, cache_folder=folder)
+    more = dict(seq_len=seq_len, seed=0, packing=packing, cache_folder=folder)
+    return build_dataset("text", str(path), build_tokenizer("byte"), **more)
 
 
-def test_a_packed_sample(tmp_path):
-    """Positions restart with each document, and each has a number; what a window cuts off begins a new one."""
+def test_packed_sample_numbers_documents_and_positions(tmp_path):
+    """Positions restart with each document, and each document has a number. The rest of a document that a window's end
+    has cut off is a document of the next window."""
     dataset = packed_dataset(tmp_path, ["hi", "you", "", "long text"], seq_len=8)
     samples = sorted([dataset[i] for i in range(len(dataset))], key=lambda sample: sample["tokens"][0] != 256)
     assert len(samples) == 2 and all(tensor.dtype == torch.int64 for s in samples for tensor in s.values())
@@ -52,8 +56,8 @@ def test_a_packed_sample(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{}, WITHOUT_BALANCE], ids=["grouped queries", "latent attention, experts, MTP"])
-def test_packed_equals_each_document_alone(settings, tmp_path):
-    """The loss, every gradient, and which expert gets how many tokens, are sums over the documents, each trained on
+def test_packed_documents_equal_each_document_alone(settings, tmp_path):
+    """The loss, every gradient, and the number of tokens of each expert are sums over the documents, each trained
     alone."""
     texts = ["one", "a second, longer one", "", "and the third", "x", "the last is cut off by the window's end"]
     dataset = packed_dataset(tmp_path, texts, seq_len=64)
@@ -63,8 +67,8 @@ def test_packed_equals_each_document_alone(settings, tmp_path):
     depth = whole.args.n_mtp_layers
 
     def train(model, batch):
-        inputs = batch | (mtp_targets(batch["tokens"], batch["labels"], depth) if depth else {})
-        loss = model(inputs.pop("tokens"), **inputs)
+        inputs = add_mtp_targets(batch, depth)
+        loss = model(inputs["tokens"], **{name: inputs[name] for name in inputs if name != "tokens"})
         loss.backward()
         return loss.item()
 
@@ -81,8 +85,9 @@ def test_packed_equals_each_document_alone(settings, tmp_path):
         assert torch.equal(buffer, other), name
 
 
-def test_concat_is_another_model(tmp_path):
-    """What makes the test above strict: without the mask, or with positions of the window, the loss is another one."""
+def test_loss_without_document_mask_differs(tmp_path):
+    """This makes the test above strict: without the mask the loss is another, by far more than the tolerance. Positions
+    that do not restart change nothing, since RoPE depends on differences of positions only."""
     texts = ["one", "a second, longer one", "and the third one is long enough for the window"]
     batch = {name: tensor[None] for name, tensor in packed_dataset(tmp_path, texts, 64)[0].items()}
     model = model_of({})
@@ -92,12 +97,12 @@ def test_concat_is_another_model(tmp_path):
         return model(inputs["tokens"], inputs["positions"], inputs["labels"], documents=inputs["documents"]).item()
 
     assert abs(loss() / loss(documents=None) - 1) > 1e-4
-    assert abs(loss() / loss(positions=torch.arange(64)[None]) - 1) < 1e-9  # RoPE sees differences of positions only
+    assert abs(loss() / loss(positions=torch.arange(64)[None]) - 1) < 1e-9
     assert loss(documents=torch.zeros(1, 64, dtype=torch.int64)) == pytest.approx(loss(documents=None), rel=1e-12)
 
 
 def heads(dtype=torch.float32, device="cpu"):
-    """q, k, v of two sequences of 48 tokens, four heads in two groups, v narrower than q; numbers of documents."""
+    """q, k, v of two sequences of 48 tokens, four heads in two groups, v narrower than q; and document numbers."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, 48, 4, 32), (2, 48, 2, 32), (2, 48, 2, 16))
     q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
@@ -107,9 +112,9 @@ def heads(dtype=torch.float32, device="cpu"):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_blocks_are_the_same_mask(monkeypatch):
-    """FlexAttention's forward with the block mask equals the explicit mask's, for all queries and for those of a
-    context rank. (Uncompiled: on CPUs it has no backward.)"""
+def test_block_mask_equals_explicit_mask(monkeypatch):
+    """FlexAttention's forward with the block mask equals the explicit mask's, for all queries and for the queries of a
+    context rank. Uncompiled and forward only: FlexAttention has no backward on CPUs."""
     monkeypatch.setattr(attention, "compiled", lambda function: function)
     qkv, documents = heads()
     q, k, v = (x.detach() for x in qkv)
@@ -123,7 +128,7 @@ def test_blocks_are_the_same_mask(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
-def test_blocks_have_the_same_gradients():
+def test_block_mask_gradients_equal_explicit_mask():
     """Compiled on a GPU, FlexAttention's result and gradients equal the explicit mask's."""
     results = []
     for as_blocks in (False, True):

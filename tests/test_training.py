@@ -6,14 +6,13 @@ import math
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from helpers.ranks import run_ranks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from model import IGNORE_INDEX, ModelArgs, Transformer
-from model.head import HeadCore
+from model.head import Head, reference_loss
 from resilience.health import LossSpikes
 from resilience.process_group import init_distributed, require_equal_on_all_ranks
 from training.lr_schedule import learning_rate
@@ -65,29 +64,40 @@ def test_only_matrices_are_decayed():
                 assert decay[p] == (0.0 if spared else 0.1), name
 
 
-@pytest.mark.parametrize("chunk_size", [0, 1, 4, 10, 64])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_head_and_loss_equal_torch(chunk_size, dtype, tolerance):
-    """The sum over valid labels and both gradients equal F.cross_entropy of all logits at once, whatever the chunks;
-    ignored labels add nothing; low precision is summed in float32."""
+@pytest.mark.parametrize("chunk_size", [1, 4, 10, 64])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_chunked_loss_equals_reference_loss(chunk_size, dtype, tolerance):
+    """Each part's loss and both gradients equal those of one F.cross_entropy of all logits, for every chunk size, also
+    where a part has ignored labels or no valid label; low precision is summed in float32."""
     torch.manual_seed(0)
-    h = torch.randn(2, 5, 8, dtype=dtype, requires_grad=True)
-    weight = torch.randn(11, 8, dtype=dtype, requires_grad=True)
-    labels = torch.randint(11, (2, 5))
-    labels[0, 3] = labels[1, :2] = IGNORE_INDEX
-    wide = torch.promote_types(dtype, torch.float32)
-    logits = F.linear(h, weight).to(wide).flatten(0, 1)
-    expected = F.cross_entropy(logits, labels.flatten(), reduction="sum", ignore_index=IGNORE_INDEX)
-    loss = HeadCore(chunk_size)(h, weight, labels)
-    assert loss.dtype == wide
-    torch.testing.assert_close(loss, expected, rtol=tolerance, atol=tolerance)
-    ours, theirs = (torch.autograd.grad(value / 3, (h, weight)) for value in (loss, expected))
+    head = Head(8, 11, chunk_size).to(dtype)
+    h = torch.randn(6, 5, 8, dtype=dtype, requires_grad=True)
+    labels = torch.randint(11, (6, 5))
+    labels[0, 3] = labels[1, :2] = labels[4:] = IGNORE_INDEX
+    losses = head(h, labels, num_losses=3)
+    expected = torch.stack([reference_loss(h[i : i + 2].flatten(0, 1), head.weight, labels[i : i + 2].flatten())
+                            for i in (0, 2, 4)])  # fmt: skip
+    assert losses.dtype == expected.dtype == torch.promote_types(dtype, torch.float32) and losses[2] == 0
+    torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
+    factors = torch.tensor([1 / 3, -2.0, 1.0])
+    ours, theirs = (torch.autograd.grad((x * factors).sum(), (h, head.weight)) for x in (losses, expected))
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
     assert (ours[0][labels == IGNORE_INDEX] == 0).all()
+    with torch.no_grad():
+        torch.testing.assert_close(head(h, labels, num_losses=3), losses)
+
+
+def test_chunk_size_0_runs_the_reference_loss(monkeypatch):
+    """A fork that changes `reference_loss` changes what is trained."""
+    head, h, labels = Head(8, 11, chunk_size=0), torch.randn(2, 5, 8), torch.randint(11, (2, 5))
+    expected = reference_loss(h.flatten(0, 1), head.weight, labels.flatten())
+    assert torch.equal(head(h, labels), expected[None])
+    monkeypatch.setattr("model.head.reference_loss", lambda *_: expected + 1)
+    assert torch.equal(head(h, labels), expected[None] + 1)
 
 
 def test_chunks_bound_the_logits():
-    """No tensor of forward or backward is as large as all logits when they are made in chunks."""
+    """No tensor of forward or backward has more elements than a chunk's logits; with chunk_size 0 all logits exist."""
 
     class Largest(TorchDispatchMode):
         numel = 0
@@ -98,11 +108,11 @@ def test_chunks_bound_the_logits():
                 self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
             return result
 
-    h, weight = torch.randn(1, 64, 4, requires_grad=True), torch.randn(100, 4, requires_grad=True)
-    labels = torch.randint(100, (1, 64))
+    h, labels = torch.randn(1, 64, 4, requires_grad=True), torch.randint(100, (1, 64))
     for chunk_size, largest in ((0, 6400), (16, 1600)):
+        head = Head(4, 100, chunk_size)
         with Largest() as seen:
-            HeadCore(chunk_size)(h, weight, labels).backward()
+            head(h, labels).sum().backward()
         assert seen.numel == largest
 
 

@@ -1,8 +1,10 @@
-"""The layouts whose equality with one process is tested: every combination that fits 8 ranks, and every option."""
+"""The layouts that are tested to equal one process: every combination that fits 8 ranks, and every option."""
 
 from dataclasses import dataclass, field
 from itertools import cycle, product
 from math import prod
+
+import helpers.flavors  # noqa: F401 - the settings below name its flavors
 
 SHORT = {  # option: its short name, as in "tp 2"
     "pp": "parallelism.pipeline_parallel_degree",
@@ -13,24 +15,20 @@ SHORT = {  # option: its short name, as in "tp 2"
     "ep": "parallelism.expert_parallel_degree",
 }
 GLOBAL_BATCH = 8  # sequences a step
-# DeepSeek-V3's parts: compressed queries, groups of experts, bias and balance loss, a further token predicted.
+# DeepSeek-V3's parts: compressed queries, groups of experts, bias and balance loss, and an MTP layer.
 V3 = {
-    "model.attention": "mla", "model.n_kv_heads": "8", "model.q_lora_rank": "24", "model.kv_lora_rank": "16",
-    "model.qk_nope_head_dim": "8", "model.qk_rope_head_dim": "4", "model.v_head_dim": "6", "model.n_experts": "8",
-    "model.top_k": "3", "model.n_shared_experts": "1", "model.moe_hidden_dim": "24",
-    "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.n_expert_groups": "4",
-    "model.topk_group": "2", "model.n_group_topk": "2", "model.route_norm": "true",
-    "model.route_scale": "2.5", "model.expert_bias": "true", "model.expert_bias_speed": "0.01",
-    "model.balance_loss_weight": "0.01", "model.n_mtp_layers": "1",
+    "model.flavor": "test_v3", "model.attention": "mla", "model.n_kv_heads": "8", "model.q_lora_rank": "24",
+    "model.kv_lora_rank": "16", "model.qk_nope_head_dim": "8", "model.qk_rope_head_dim": "4", "model.v_head_dim": "6",
+    "model.n_experts": "8", "model.top_k": "3", "model.n_shared_experts": "1", "model.moe_hidden_dim": "24",
+    "model.n_dense_layers": "1", "model.n_expert_groups": "4", "model.topk_group": "2", "model.expert_bias": "true",
+    "model.expert_bias_speed": "0.01", "model.balance_loss_weight": "0.01", "model.n_mtp_layers": "1",
 }  # fmt: skip
-# V2's: no compression of queries, softmax, groups ranked by their best; YaRN; and fewer experts than ranks may be.
+# V2's: queries are not compressed, softmax, groups ranked by their best expert, YaRN; and fewer experts than ranks.
 V2 = V3 | {
-    "model.q_lora_rank": "0", "model.score_function": "softmax", "model.n_group_topk": "1", "model.n_experts": "4",
-    "model.top_k": "2", "model.route_norm": "false", "model.route_scale": "1.0",
-    "model.expert_bias": "false", "model.n_mtp_layers": "0", "model.rope_scaling": "yarn",
-    "model.rope_original_seq_len": "16", "model.rope_mscale_all_dim": "0.7",
+    "model.flavor": "test_v2", "model.q_lora_rank": "0", "model.n_experts": "4", "model.top_k": "2",
+    "model.expert_bias": "false", "model.n_mtp_layers": "0",
 }  # fmt: skip
-# Grouped queries, no dense block, no shared expert, tied, and two further tokens.
+# Grouped queries, no dense block, no shared expert, tied embeddings, and two MTP layers.
 OTHER = {
     "model.n_experts": "8", "model.top_k": "2", "model.moe_hidden_dim": "24", "model.n_mtp_layers": "2",
     "model.tie_embeddings": "true", "model.balance_loss_weight": "0.01",
@@ -55,7 +53,7 @@ MODELS = {  # what is trained; the reference is one process, all eight sequences
 
 @dataclass
 class Layout:
-    """degrees by short name; accumulation: into how many microbatches a rank's share of the step is cut."""
+    """degrees by short name; accumulation: the number of microbatches in which a rank reads its part of the step."""
 
     degrees: dict[str, int]
     model: str = "grouped"
@@ -78,11 +76,11 @@ class Layout:
 
     @property
     def needs_torch_2_12(self) -> bool:
-        """Before it gloo cannot send to its own rank, and a V has neighbouring stages on one; and where backward is cut
-        in two, the last stage's embedding loses its gradient."""
+        """Before torch 2.12 gloo cannot send to its own rank, but in a V neighbouring stages are on one rank; and where
+        backward is split in two, the last stage's embedding loses its gradient."""
         schedule = self.options.get("parallelism.pipeline_parallel_schedule")
-        further = int(MODELS[self.model].get("model.n_mtp_layers", 0))
-        return schedule in ("ZBVZeroBubble", "DualPipeV") or (schedule == "InterleavedZeroBubble" and further > 0)
+        has_mtp = int(MODELS[self.model].get("model.n_mtp_layers", 0)) > 0
+        return schedule in ("ZBVZeroBubble", "DualPipeV") or (schedule == "InterleavedZeroBubble" and has_mtp)
 
     def settings(self) -> dict[str, str]:
         ranks_that_read = self.degrees["replicate"] * self.degrees["fsdp"]
@@ -100,7 +98,7 @@ def layout(pp=1, replicate=1, fsdp=1, cp=1, tp=1, model="grouped", accumulation=
 
 
 def every_combination() -> list[Layout]:
-    """{fsdp, hsdp} x tp {1, 2, 4} x cp {1, 2, 4} x pp {1, 2, 4} on at most 8 ranks; the other options take turns."""
+    """{fsdp, hsdp} x tp {1, 2, 4} x cp {1, 2, 4} x pp {1, 2, 4} on at most 8 ranks; the other options alternate."""
     accumulations, methods, chunks = cycle((1, 2)), cycle(("allgather", "alltoall")), cycle((0, 24, 5, 2048))
     recomputation = cycle(("none", "full", "selective"))
     layouts = []
@@ -117,7 +115,7 @@ def every_combination() -> list[Layout]:
             made.accumulation = min(made.accumulation, share // pp)
             microbatch_size = share // made.accumulation // pp
             made.options["parallelism.pipeline_parallel_microbatch_size"] = str(microbatch_size)
-        if cp > 1 and tp * cp <= 4:  # as many key/value heads as there are
+        if cp > 1 and tp * cp <= 4:  # "alltoall" needs a key/value head for each rank
             made.options["parallelism.context_parallel_method"] = next(methods)
         made.options["training.loss_chunk_size"] = str(next(chunks))
         made.options["activation_checkpoint.mode"] = next(recomputation)
@@ -126,7 +124,7 @@ def every_combination() -> list[Layout]:
 
 
 def every_schedule() -> list[Layout]:
-    """Each pipeline schedule with data and with tensor or context parallelism, and over four ranks."""
+    """Each pipeline schedule with FSDP, with tensor or context parallelism, and over four ranks."""
     layouts, name = [], "parallelism__pipeline_parallel_schedule"
     for i, schedule in enumerate(("GPipe", "1F1B", "Interleaved1F1B", "LoopedBFS", "InterleavedZeroBubble")):
         per_rank = 1 if schedule in ("GPipe", "1F1B") else 2
@@ -145,7 +143,8 @@ def every_schedule() -> list[Layout]:
 
 
 def more() -> list[Layout]:
-    """Data parallelism alone, attention's and the embedding's kinds, stages a rank."""
+    """Data parallelism alone, kinds of attention and of embedding, four stages per rank, and the reference loss
+    (loss_chunk_size 0) under schedules that split backward."""
     freed = "parallelism__fsdp_reshard_after_forward"
     return [
         layout(accumulation=8),
@@ -164,11 +163,14 @@ def more() -> list[Layout]:
         layout(pp=2, tp=2, model="tied"),
         layout(2, model="8 layers", parallelism__pipeline_parallel_schedule="Interleaved1F1B",
                parallelism__pipeline_parallel_stages_per_rank=4),
+        *(layout(2, fsdp=2, model=model, parallelism__pipeline_parallel_schedule=schedule, training__loss_chunk_size=0)
+          for schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV")
+          for model in ("4 layers, tied", "V3, 4 layers")),
     ]  # fmt: skip
 
 
 def mixtures() -> list[Layout]:
-    """Mixtures of experts: ep {1, 2, 4, 8} across the other axes; the options, and the models, take turns."""
+    """Mixtures of experts: ep {1, 2, 4, 8} across the other axes; options and models alternate."""
     degrees = {  # (pp, replicate, fsdp, cp, tp): ep
         (1, 1, 2, 1, 1): (1, 2), (1, 1, 4, 1, 1): (2, 4), (1, 1, 8, 1, 1): (1, 4, 8),
         (1, 2, 2, 1, 1): (2,), (1, 2, 4, 1, 1): (2, 4), (1, 4, 2, 1, 1): (1,),
@@ -204,7 +206,7 @@ def mixtures() -> list[Layout]:
 
 
 def packed() -> list[Layout]:
-    """Documents side by side in a sequence, under every parallelism that cuts sequences or batches."""
+    """Documents packed into sequences, under every parallelism that splits sequences or batches."""
     method, mode = "parallelism__context_parallel_method", "activation_checkpoint__mode"
     documents, v3 = dict(model="documents"), dict(model="V3, documents")
     return [
@@ -220,4 +222,19 @@ def packed() -> list[Layout]:
     ]
 
 
-LAYOUTS = {made.name: made for made in every_combination() + every_schedule() + more() + mixtures() + packed()}
+def own_collectives() -> list[Layout]:
+    """FSDP's own collectives, the path that GPUs take. The other layouts shard with the direct messages of gloo."""
+    own = dict(comm__direct_messages="false")
+    return [
+        layout(fsdp=2, **own),
+        layout(replicate=2, fsdp=2, **own),
+        layout(fsdp=2, tp=2, **own),
+        layout(fsdp=2, model="V3", ep=2, **own),
+        layout(2, fsdp=2, **own),
+    ]
+
+
+LAYOUTS = {
+    made.name: made
+    for made in every_combination() + every_schedule() + more() + mixtures() + packed() + own_collectives()
+}

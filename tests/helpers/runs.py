@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import helpers.flavors  # noqa: F401 - so that every rank knows the flavors of the tests
 from helpers.ranks import run_ranks
 
 # Sizes that 4 tensor-parallel ranks can share, but that FSDP cannot cut evenly in 4 or 8, before or after that.
