@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from checkpoint import CheckpointManager, ModelState, TrainState
 from config import Config, load_config
-from data import build_dataset, build_validation_samples, build_loader, build_tokenizer
+from data import build_dataset, build_loader, build_tokenizer, build_validation_samples
 from hf import get_model_args
 from limits import check_layout
 from model import ModelArgs, Transformer, add_mtp_targets, flops_per_token, num_params
