@@ -10,7 +10,7 @@ from errors import ConfigError
 from hf import model_args_of_folder, require_same_model
 from model import ModelArgs, Transformer, get_flavor
 from parallelize import ParallelDims, ParallelMesh, apply_float8, parallelize, parallelize_pipeline, shard_sequence
-from resilience.process_group import first_on_each_machine, require_equal_on_all_ranks
+from resilience.process_group import first_on_each_machine, require_same_on_all_ranks
 from training.validation import Validation
 
 
@@ -127,7 +127,7 @@ def build_validation(
                 text_key=config.data.text_key,
                 cache_folder=config.data.cache_folder,
             )
-        require_equal_on_all_ranks(validation=own.fingerprint)
+        require_same_on_all_ranks(validation=own.fingerprint)
         if options.samples > len(own):
             raise ConfigError(f"validation.samples ({options.samples}) is more than there are: use at most {len(own)}.")
         sample = own.__getitem__

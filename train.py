@@ -10,6 +10,7 @@ Any option of config.py goes on the command line, `--section.key value`; `--help
 import os
 import sys
 import time
+from types import SimpleNamespace
 
 from errors import ConfigError
 
@@ -32,7 +33,6 @@ from checkpoint import CheckpointManager, ModelState
 from config import Config, load_config
 from data import build_dataset, build_loader, build_tokenizer
 from model import flops_per_token, mtp_targets, num_params
-from options import save_config
 from parallelize import (
     ParallelMesh,
     TiedEmbedding,
@@ -44,17 +44,7 @@ from parallelize import (
     shard_sequence,
     sync_float8_scales,
 )
-from resilience.health import LossSpikes, NonFiniteGuard
-from resilience.lock import FolderLock
-from resilience.process_group import (
-    clean_exit,
-    first_on_each_machine,
-    init_distributed,
-    require_equal_on_all_ranks,
-    set_determinism,
-)
-from resilience.signals import EXIT_PREEMPTED, Preemption
-from resilience.watchdog import Watchdog, record_nccl
+from resilience import NonFiniteGuard, Run, clean_exit
 from training.balance import ExpertLoadBalancer
 from training.loss import count_valid_tokens, sum_over
 from training.lr_schedule import learning_rate
@@ -65,26 +55,27 @@ from training.optimizer import build_optimizer, clip_grad_norm
 def main(config: Config) -> int:
     """Trains, and returns the process's exit status: 0 after the last step, EXIT_PREEMPTED after a signal."""
     training = config.training
-    record_nccl(config.job.dump_folder)
-    device = init_distributed(config.job.device, config.comm.timeout_seconds)
+    run = Run(
+        config.job.dump_folder,
+        device=config.job.device,
+        timeout_seconds=config.comm.timeout_seconds,
+        seed=training.seed,
+        deterministic=training.deterministic,
+    )
+    device, log = run.device, run.log
     if training.enable_cpu_offload and device.type == "cpu":
         raise ConfigError("training.enable_cpu_offload has no effect where the device is the CPU; leave it out.")
     if config.parallelism.enable_async_tensor_parallel and device.type == "cpu":
         raise ConfigError("parallelism.enable_async_tensor_parallel needs GPUs with symmetric memory; leave it out.")
     if config.checkpoint.async_mode == "async_with_pinned_mem" and device.type == "cpu":
         raise ConfigError('checkpoint.async_mode "async_with_pinned_mem" needs a GPU to copy from; use "async".')
-    set_determinism(training.seed, training.deterministic)
-    log = print if dist.get_rank() == 0 else lambda *_, **__: None
-    lock = FolderLock(config.job.dump_folder)
-    signals = Preemption()
-    watchdog = Watchdog(config.job.dump_folder, dist.get_rank())
 
     # The ranks as a five-dimensional grid.
     mesh = build_mesh(degrees_of(config), device.type, dist.get_world_size())
 
     # What is read: text, through a tokenizer, as samples that depend on nothing but (data, seed, number of the sample).
     tokenizer = build_tokenizer(config.data.tokenizer)
-    with first_on_each_machine():
+    with run.first_on_each_machine():
         dataset = build_dataset(
             config.data.dataset,
             config.data.path,
@@ -100,7 +91,7 @@ def main(config: Config) -> int:
     data_fingerprint = f"{dataset.fingerprint} seed {training.seed} seq_len {training.seq_len} {config.data.packing}"
     if holds_out(config):
         data_fingerprint += f" held out {config.validation.samples}"
-    require_equal_on_all_ranks(configuration=str({**vars(config), "job": None}), data=data_fingerprint)
+    run.require_same_on_all_ranks(configuration=str({**vars(config), "job": None}), data=data_fingerprint)
     global_batch_size = global_batch_size_of(config, mesh)
 
     # What is trained. 1) shapes, on meta: this rank's part of the model
@@ -127,7 +118,7 @@ def main(config: Config) -> int:
     )
 
     # Where it stands: at the beginning, or where an earlier run has left it.
-    step = tokens_seen = samples_consumed = status = 0
+    step = tokens_seen = samples_consumed = 0
     checkpoint = CheckpointManager(
         os.path.join(config.job.dump_folder, config.checkpoint.folder),
         trained=ModelState(parameters, balance.biases, optimizer, model_args),
@@ -165,16 +156,12 @@ def main(config: Config) -> int:
     batches = iter(loader)
     metrics = Metrics(
         config.job.dump_folder,
-        is_writer=dist.get_rank() == 0,
-        log_freq=config.metrics.log_freq,
+        device,
         total_steps=training.steps,
         flops_per_token=flops_per_token(model_args, training.seq_len),
-        num_devices=dist.get_world_size(),
-        device=device,
-        enable_tensorboard=config.metrics.enable_tensorboard,
+        **vars(config.metrics),
     )
-    if dist.get_rank() == 0:
-        save_config(config, os.path.join(config.job.dump_folder, "config.toml"))
+    run.save_config(config)
     log(
         f"{config.model.flavor}: {num_params(model_args):,} parameters on {dist.get_world_size()} x {device.type}, "
         f"layout {mesh.degrees}; {global_batch_size} sequences of {training.seq_len} tokens a step; "
@@ -184,11 +171,11 @@ def main(config: Config) -> int:
     forward_backward, forward = build_forward_backward(config, stages, mesh, device)
     validation = build_validation(config, dataset, tokenizer, stages, forward, mesh, device)
 
-    guard, spikes = NonFiniteGuard(parameters, training.max_skipped_steps), LossSpikes()
+    guard = NonFiniteGuard(parameters, training.max_skipped_steps)
     keeps_weights = config.parallelism.fsdp_reshard_after_forward == "never"
-    metrics.start()
-    while step < training.steps:
-        signals.ask()
+    state = SimpleNamespace(step=step, tokens_seen=tokens_seen)
+    metrics.start(state)
+    while step < training.steps and not run.should_stop():
         # ---------------------------------------------------------------------------------------- the step
         microbatches = [add_mtp_targets(batch, model_args.n_mtp_layers) for batch in next(batches)]
         microbatches = [shard_sequence(batch, mesh.cp) for batch in microbatches]
@@ -204,7 +191,7 @@ def main(config: Config) -> int:
         for group in optimizer.param_groups:
             group["lr"] = lr
         checkpoint.wait_for_staging()  # of the last save: nothing before this has changed a weight
-        if guard.allows(step + 1, grad_norm, loss):
+        if guard.is_finite(step + 1, grad_norm, loss):
             optimizer.step()
             balance.update()
             sync_derived_weights(stages, shared)
@@ -213,46 +200,31 @@ def main(config: Config) -> int:
         optimizer.zero_grad()
         step += 1
         # ------------------------------------------------------------------------------- everything else
-        tokens = global_batch_size * training.seq_len
-        tokens_seen += tokens
-        metrics.count(tokens, loader.take_seconds_waited())
+        tokens_seen += global_batch_size * training.seq_len
+        state.step, state.tokens_seen = step, tokens_seen
         held_out = validation.run(step) if validation else {}
         if metrics.is_log_step(step) or held_out:
-            mean_loss = sum_over(loss, mesh.loss, mesh.pp).item()
             metrics.log(
-                step,
-                loss=mean_loss,
+                state,
+                loss=sum_over(loss, mesh.loss, mesh.pp).item(),
                 grad_norm=grad_norm,
                 lr=lr,
-                tokens_seen=tokens_seen,
-                experts=balance.report(),
-                validation=held_out,
+                data_seconds=loader.take_seconds_waited(),
                 skipped_steps=guard.skipped,
                 failed_saves=checkpoint.failed_saves,
+                **balance.report(),
+                **held_out,
             )
-            spike = spikes.warning(step, mean_loss)
-            if spike:
-                log(spike)
         numbers = dict(
             tokens_seen=tokens_seen, samples_consumed=loader.samples_consumed, data_fingerprint=data_fingerprint
         )
         checkpoint.maybe_save(step, is_last=step == training.steps, **numbers)
-        stop = signals.answer()
-        if stop and step < training.steps:
-            is_saved = config.checkpoint.enable and checkpoint.save(step, **numbers) and checkpoint.wait()
-            log(f"{stop} ended the run after step {step}, which is {'saved' if is_saved else 'NOT saved'}")
-            status = EXIT_PREEMPTED if is_saved or not config.checkpoint.enable else 1
-            break
+    if config.checkpoint.enable and step < training.steps:
+        checkpoint.save(step, **numbers)
     checkpoint.close()
-    if config.checkpoint.enable and checkpoint.saved_step != step:
-        log("error: the last step could not be saved")
-        status = 1
+    is_saved = checkpoint.saved_step == step if config.checkpoint.enable else None
     metrics.close()
-    dist.barrier()  # with it all have done their work, and none takes the end of another for a failure
-    watchdog.close()
-    signals.close()
-    lock.close()
-    return status
+    return run.close(step=step, is_saved=is_saved)
 
 
 def build_forward_backward(config: Config, stages: list[torch.nn.Module], mesh: ParallelMesh, device: torch.device):

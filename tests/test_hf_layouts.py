@@ -32,6 +32,7 @@ from hf import safetensors as hf_files
 from hf.export import export_hf
 from model import ModelArgs, Transformer, get_flavor
 from parallelize.init import held_indices
+from resilience.process_group import init_distributed
 
 # Without [model]: that is the folder's.
 RUN = {name: value for name, value in TINY.items() if not name.startswith("model.")}
@@ -99,7 +100,7 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
 
     open_slice = hf_files.TensorReader._slice
     hf_files.TensorReader._slice = lambda self, name: CountingSlice(open_slice(self, name))
-    train.init_distributed("cpu", 60)
+    init_distributed("cpu", 60)
     results = []
     for arguments in cases:
         config = load_config(arguments)
