@@ -70,9 +70,8 @@ class Run:
         if is_saved is False:
             self.log("error: the last step could not be saved")
             status = 1
-        # Otherwise a watchdog takes a peer's normal exit for a crash.
-        dist.barrier()
+        dist.barrier()  # otherwise a watchdog takes a peer's normal exit for a crash
         self.watchdog.close()
         self.preemption.close()
-        self.lock.close()
+        self.lock.close()  # last: this run writes nothing more
         return status

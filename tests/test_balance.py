@@ -8,7 +8,7 @@ import torch.distributed as dist
 from helpers.layouts import MODELS
 from helpers.ranks import run_ranks
 from helpers.runs import options, train_on, write_ragged_text
-from scripts.plot_balance import arguments, loads, write_skewed_text
+from benchmarks.plot_balance import arguments, loads, write_skewed_text
 from torch.distributed.device_mesh import init_device_mesh
 
 from model import ModelArgs, Transformer

@@ -5,8 +5,7 @@ and 3.6 times as long as sending each rank its part and adding up what arrives (
 speed of a CPU run. Messages are bytes, so that dtypes that gloo does not know can be sent too. Sums run in the order of
 the ranks, so that every run adds in the same order. On GPUs FSDP keeps NCCL's collectives.
 
-Bytes: in each all-gather and reduce-scatter over N ranks, a rank sends every other rank a message and receives one,
-each of 1/N of the larger side: the same bytes as the collective's.
+Bytes: the collective's. Over N ranks a rank sends and receives N - 1 messages, each of 1/N of the larger side.
 
 Proof: tests/test_gloo.py::test_direct_messages_equal_fsdp_collectives.
 """

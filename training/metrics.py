@@ -1,7 +1,6 @@
 """Reports each logged step: a console line, a JSON object in metrics.jsonl and, if enabled, TensorBoard scalars.
 
-Proof: tests/test_training.py::test_metrics_of_an_interval_are_means_over_its_steps,
-tests/test_balance.py::test_metrics_of_every_mixture_layer_from_any_stage.
+Proof: tests/test_metrics.py::test_metrics_of_an_interval_are_means_over_its_steps.
 """
 
 import json
