@@ -47,14 +47,15 @@ def run(layout: str, profile: bool, folder: str) -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    import resilience.run
     import train
     from config import load_config
 
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=LAYOUTS[layout])
     # Nothing arrives, so what would be read from others is left out or taken for granted.
-    train.init_distributed = lambda *_: torch.device("cpu")
-    train.require_equal_on_all_ranks = lambda **_: None
+    resilience.run.init_distributed = lambda *_: torch.device("cpu")
+    train.Run.require_same_on_all_ranks = lambda *_, **__: None
     clip, count, starts, profiler = train.clip_grad_norm, train.count_valid_tokens, [], cProfile.Profile()
 
     def counting(*args):

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +33,8 @@ from model import Transformer, flops_per_token
 from parallelize import init_weights
 from parallelize.activation import apply_activation_checkpointing
 from parallelize.compile import apply_compile
-from resilience.process_group import clean_exit, init_distributed
+from resilience import clean_exit
+from resilience.process_group import init_distributed
 from training.metrics import Metrics
 
 PROFILED_AFTER, PROFILED_STEPS = 2, 1
@@ -75,14 +77,14 @@ def plain_loop(config: Config) -> None:
     positions = torch.arange(seq_len, device=device).expand(batch, seq_len)
     metrics = Metrics(
         config.job.dump_folder,
-        is_writer=True,
-        log_freq=config.metrics.log_freq,
+        device,
         total_steps=training.steps,
         flops_per_token=flops_per_token(args, seq_len),
-        num_devices=1,
-        device=device,
+        log_freq=config.metrics.log_freq,
         enable_tensorboard=False,
     )
+    state = SimpleNamespace(step=0, tokens_seen=0)
+    metrics.start(state)
     for step in range(1, training.steps + 1):
         total = torch.zeros((), device=device)
         for _ in range(microbatches):
@@ -93,9 +95,9 @@ def plain_loop(config: Config) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        metrics.count(microbatches * batch * seq_len)
+        state.step, state.tokens_seen = step, step * microbatches * batch * seq_len
         if metrics.is_log_step(step):
-            metrics.log(step, loss=total.item(), grad_norm=0.0, lr=config.optimizer.lr, tokens_seen=0)
+            metrics.log(state, loss=total.item(), grad_norm=0.0, lr=config.optimizer.lr, data_seconds=0.0)
 
 
 def ceiling(device: torch.device, size: int) -> dict[str, float]:

@@ -1,4 +1,9 @@
-"""What must not go into the weights, and what deserves a word: gradients that are not finite, and jumps of the loss."""
+"""Skips steps whose gradient is not finite, and warns of loss spikes.
+
+Proof: tests/test_faults.py::test_not_finite_on_one_rank_ends_the_run,
+tests/test_faults.py::test_not_finite_step_is_skipped_if_allowed,
+tests/test_training.py::test_loss_spike_is_reported_once.
+"""
 
 import math
 import statistics
@@ -7,27 +12,29 @@ from collections import deque
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from collectives import gather_objects, local_tensor
 
 
 class NonFiniteGuard:
     """Decides, before the optimizer's step, whether a step may change the weights.
 
-    The gradient's norm is the same number on all ranks, and not finite if any rank's gradient or loss is not: a loss
-    that is not finite gives a gradient that is not (model/transformer.py), and gradients are summed over ranks. So
-    finding out costs nothing, and all ranks find the same.
+    The grad norm is the same number on all ranks, so all ranks decide alike, and without communication. It is not
+    finite if any rank's gradient or loss is not: a loss that is not finite gives such a gradient
+    (model/transformer.py), and gradients are summed over ranks.
 
-    skipped   how many steps were
+    skipped   the number of skipped steps
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], max_skipped_steps: int):
-        """max_skipped_steps: how many steps in a row may be skipped before the run ends."""
+        """max_skipped_steps: how many steps in a row may be skipped; at the next such step the run ends."""
         self.parameters, self.max_skipped_steps = parameters, max_skipped_steps
         self.skipped = self.in_a_row = 0
 
-    def allows(self, step: int, grad_norm: float, loss: Tensor) -> bool:
-        """Whether to take the step; its loss is this rank's part. FloatingPointError, on all ranks, when it may not be
-        skipped either: the weights, and the last checkpoint, are still good."""
+    def is_finite(self, step: int, grad_norm: float, loss: Tensor) -> bool:
+        """Whether the optimizer may take this step, which is counted from 1; loss is this rank's part. Otherwise the
+        step must be skipped; FloatingPointError on all ranks if too many have been skipped. The weights and the last
+        checkpoint are still good then. Communicates only if the grad norm is not finite."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
@@ -41,11 +48,11 @@ class NonFiniteGuard:
         return False
 
     def _report(self, step: int, grad_norm: float, loss: Tensor) -> str:
+        """One sentence that names the ranks and the first parameter that are not finite."""
         bad = next((name for name, p in self.parameters.items() if not _is_finite(p.grad)), None)
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, (loss.item(), bad))
-        losses = [f"rank {rank}'s loss is {value}" for rank, (value, _) in enumerate(everywhere) if value - value != 0]
-        found = next(((rank, name) for rank, (_, name) in enumerate(everywhere) if name), None)
+        by_rank = gather_objects((loss.item(), bad))
+        losses = [f"rank {rank}'s loss is {value}" for rank, (value, _) in enumerate(by_rank) if value - value != 0]
+        found = next(((rank, name) for rank, (_, name) in enumerate(by_rank) if name), None)
         parts = [f"step {step}: the gradient's norm is {grad_norm}", *losses[:3]]
         if found:
             parts.append(f"the first parameter whose gradient is not finite is {found[1]} (rank {found[0]})")
@@ -53,12 +60,11 @@ class NonFiniteGuard:
 
 
 def _is_finite(grad: Tensor | None) -> bool:
-    local = grad.to_local() if isinstance(grad, DTensor) else grad
-    return local is None or bool(torch.isfinite(local).all())
+    return grad is None or bool(torch.isfinite(local_tensor(grad)).all())
 
 
 class LossSpikes:
-    """Notices a loss that lies far above those before it."""
+    """Finds a loss that is far above the last logged losses."""
 
     WINDOW, NEEDED, SIGMAS = 100, 20, 6.0
 
@@ -66,13 +72,14 @@ class LossSpikes:
         self.losses = deque(maxlen=self.WINDOW)
 
     def warning(self, step: int, loss: float) -> str | None:
-        """One line, if the loss of this logged step is a spike. A spike does not count among those before."""
+        """One line if the loss of this logged step is a spike, else None."""
         if not math.isfinite(loss):
             return None
         if len(self.losses) >= self.NEEDED:
             mean, sigma = statistics.fmean(self.losses), statistics.stdev(self.losses)
             if loss > mean + self.SIGMAS * sigma and loss > 1.1 * mean:
-                self.losses.append(mean + self.SIGMAS * sigma)  # a new level is accepted, slowly
+                # The window gets the limit instead of the spike: it stays a spike, and a new level is accepted slowly.
+                self.losses.append(mean + self.SIGMAS * sigma)
                 return (
                     f"warning: loss spike at step {step}: {loss:.4f}, {(loss - mean) / max(sigma, 1e-12):.0f} standard "
                     f"deviations above the mean of the last {len(self.losses) - 1} logged ({mean:.4f})."

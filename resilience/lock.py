@@ -1,4 +1,7 @@
-"""One run at a time in one dump folder: two would write into the same metrics and delete each other's checkpoints."""
+"""Locks the dump folder, since two runs in it would write into the same metrics and delete each other's checkpoints.
+
+Proof: tests/test_faults.py::test_two_jobs_in_one_folder_the_second_is_refused.
+"""
 
 import fcntl
 import os
@@ -10,13 +13,14 @@ import torch.distributed as dist
 
 from errors import ConfigError
 
-WAIT_SECONDS = 5  # a killed run's process may take a moment to go, and its restart may be quicker
+WAIT_SECONDS = 5  # a killed process may need a moment to end, and the next run may start before that
 
 
 class FolderLock:
-    """Held by rank 0's process until it closes it or ends, in whatever way: the kernel's record lock dies with it, so a
-    crash leaves nothing to be taken over. (Not flock, which data workers would inherit and hold on to.) NFS keeps such
-    locks too, for all machines. The constructor is a collective; ValueError on all ranks if another run has it."""
+    """A record lock of the kernel, which rank 0's process holds until `close`. The lock ends with the process, so a
+    crash leaves nothing behind. NFS keeps record locks for all machines. (flock would be inherited by data workers,
+    which would then hold it after the run.) The constructor is a collective; ConfigError on all ranks if another run
+    holds the lock."""
 
     def __init__(self, folder: str):
         self.file = refusal = None
@@ -31,6 +35,7 @@ class FolderLock:
             raise ConfigError(refusal or f"job.dump_folder {folder} was refused to rank 0.")
 
     def _take(self, folder: str) -> str | None:
+        """Takes the lock, or returns why it could not."""
         os.makedirs(folder, exist_ok=True)
         self.file = open(os.path.join(folder, ".lock"), "a+", encoding="utf-8")  # noqa: SIM115 - held open
         deadline = time.monotonic() + WAIT_SECONDS

@@ -1,14 +1,18 @@
-"""Sees to it that no rank outlives another, and that each leaves its stack when it is stuck.
+"""Ends every rank soon after any rank has failed, and writes each rank's stack when it is stuck.
 
-A rank that fails says so in the process group's store; a thread in each rank looks there twice a second. So a rank that
-sleeps in a collective, or outside of one, for a peer that is gone ends too, within seconds, and the stacks of all its
-threads go to `stacks/rank-N.txt` in the dump folder. So they do when a rank gets SIGTERM, which is what torchrun sends
-to those that are left, and when it crashes.
+A rank that fails writes so into the process group's store, where a thread of every rank looks twice a second. So a rank
+that sleeps, or waits in a collective for a peer that is gone, ends within seconds too. The stacks of all its threads go
+to `stacks/rank-N.txt` in the dump folder. They also go there when a rank crashes, and when it receives SIGTERM, which
+torchrun sends to the remaining ranks.
 
-A collective that hangs raises after comm.timeout_seconds in the ranks that wait in it, and from there on the same
-happens. On a GPU the CPU waits for a kernel then, and raises nothing: there NCCL writes its last collectives beside the
-stacks (its flight recorder), and that this file appears is what the thread takes for the rank's failure. NCCL's own end
-of the process, an abort, may come much later, and says less.
+On a CPU a collective that hangs raises an error after comm.timeout_seconds in the ranks that wait in it, and then the
+same happens. On a GPU the CPU waits for a kernel instead, and no error is raised. But NCCL's flight recorder writes its
+last collectives to a file beside the stacks, and this thread takes a new file for the rank's failure. NCCL also aborts
+the process, but much later, and with a less useful message.
+
+Proof: tests/test_faults.py::test_kill_9_of_one_rank, tests/test_faults.py::test_rank_asleep_ends_the_collective,
+tests/test_faults.py::test_nccl_timeout_ends_all_ranks,
+tests/test_cuda_faults.py::test_collective_that_hangs_ends_the_run.
 """
 
 import faulthandler
@@ -20,10 +24,10 @@ import time
 
 from torch_private import default_store
 
-FAILURE = "nano_train/failure"
-NCCL_FILE = "TORCH_FR_DUMP_TEMP_FILE"  # where NCCL writes, to which it adds the rank's number
+FAILURE = "nano_train/failure"  # the store's key
+NCCL_FILE = "TORCH_FR_DUMP_TEMP_FILE"  # the path of NCCL's file, to which NCCL adds the rank's number
 POLL_SECONDS = 0.5
-GRACE_SECONDS = 3.0  # for this rank's own error, which says more, to be reported first
+GRACE_SECONDS = 3.0  # this rank's own error says more, so it gets this time to be reported
 
 
 def stacks_folder(dump_folder: str) -> str:
@@ -31,28 +35,31 @@ def stacks_folder(dump_folder: str) -> str:
 
 
 def record_nccl(dump_folder: str) -> None:
-    """Before the process group exists: NCCL's last collectives are kept, and written when one times out."""
+    """Makes NCCL keep its last collectives, and write them when one times out. Call before the process group exists."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault(NCCL_FILE, os.path.join(os.path.abspath(stacks_folder(dump_folder)), "nccl-rank-"))
 
 
 class Watchdog(threading.Thread):
-    """Make it after `record_nccl` and Preemption (it hands SIGTERM on), stop it before the process group ends."""
+    """Make it after `record_nccl` and Preemption, to which it passes SIGTERM on. Stop it before the process group ends.
+
+    failure   the failure that another rank has reported, or None
+    """
 
     def __init__(self, dump_folder: str, rank: int):
         super().__init__(name="watchdog", daemon=True)
         self.folder, self.rank, self.stopped = stacks_folder(dump_folder), rank, threading.Event()
-        self.failure = None  # what another rank has told
+        self.failure = None
         os.makedirs(self.folder, exist_ok=True)
         self.path = os.path.join(self.folder, f"rank-{rank}.txt")
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - written to in a crash
-        self.nccl_path = f"{os.environ[NCCL_FILE]}{rank}"  # not always in this folder: it may have been set by the user
-        self.nccl_before = _version(self.nccl_path)  # an earlier run's
+        self.nccl_path = f"{os.environ[NCCL_FILE]}{rank}"  # in another folder if the user has set NCCL_FILE
+        self.nccl_before = _version(self.nccl_path)  # the file may be an earlier run's
         faulthandler.enable(self.file)
         faulthandler.register(signal.SIGTERM, self.file, chain=True)
         try:
-            # A connection of its own: the process group's is locked while it waits for a key.
+            # The process group's connection to the store is locked while it waits for a key.
             self.store = default_store().clone()
         except RuntimeError:  # a simulated process group has no peers to watch
             self.store = None
@@ -62,7 +69,7 @@ class Watchdog(threading.Thread):
     def run(self) -> None:
         while not self.stopped.wait(POLL_SECONDS):
             if _version(self.nccl_path) != self.nccl_before:
-                self.tell(
+                self.report_failure(
                     f"rank {self.rank} failed: one of NCCL's collectives was not done after comm.timeout_seconds; its "
                     f"last ones are in {self.nccl_path}"
                 )
@@ -78,21 +85,23 @@ class Watchdog(threading.Thread):
                     os._exit(1)
 
     def dump(self, why: str) -> None:
+        """Writes the stacks of this rank's threads to its file."""
         self.file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}: {why}\n")
         self.file.flush()
         faulthandler.dump_traceback(self.file)
 
-    def tell(self, failure: str) -> bool:
-        """Tells all ranks that this one fails. Whether it is the first to, as far as can be told."""
+    def report_failure(self, failure: str) -> bool:
+        """Tells all ranks that this rank has failed; returns whether it is the first rank that has, as far as it
+        knows."""
         if self.store is None or self.failure is not None:
             return self.failure is None
         try:
             return self.store.compare_set(FAILURE, "", failure).decode() == failure
-        except Exception:  # the store has gone first
+        except Exception:  # the store is gone
             return True
 
-    def hears_of_another(self, seconds: float) -> bool:
-        """Waits until another rank has told of a failure, or is gone, but not longer than so many seconds."""
+    def peer_failed(self, seconds: float) -> bool:
+        """Waits until another rank has reported a failure or is gone, at most so many seconds; whether it has."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self.store is not None:
             try:
@@ -107,7 +116,7 @@ class Watchdog(threading.Thread):
         self.stopped.set()
 
     def close(self) -> None:
-        """At a run's good end."""
+        """Stops watching at the end of a run that did not fail, and removes its file if it is empty."""
         self.stop()
         faulthandler.unregister(signal.SIGTERM)
         faulthandler.disable()
@@ -117,13 +126,9 @@ class Watchdog(threading.Thread):
 
 
 def _version(path: str) -> tuple | None:
-    """What changes when a file is written; None where there is none."""
+    """Numbers that change whenever the file is written; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def running_watchdog() -> Watchdog | None:
-    return next((thread for thread in threading.enumerate() if isinstance(thread, Watchdog)), None)

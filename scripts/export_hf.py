@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from hf.export import export_hf
-from resilience.process_group import clean_exit
+from resilience import clean_exit
 
 
 def main() -> None:

@@ -40,7 +40,7 @@ from config import load_config  # noqa: E402
 from errors import ConfigError  # noqa: E402
 from parallelize.init import held_indices  # noqa: E402
 from parallelize.pipeline import V_SHAPED  # noqa: E402
-from resilience.process_group import clean_exit  # noqa: E402
+from resilience import clean_exit  # noqa: E402
 
 STEPS, SEQ_LEN = 6, 64
 RECIPES = {"dense": "llama3_debug", "moe": "deepseek_v3_debug"}

@@ -1,5 +1,7 @@
 """Balancing experts with the bias: its effect, the counts behind it, its report, and resuming it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -102,16 +104,16 @@ def test_routing_collapse_logs_a_warning(one_rank, tmp_path, capsys):
     model = build()
     balance = ExpertLoadBalancer([model], one_rank, one_rank)
     metrics = Metrics(
-        str(tmp_path), is_writer=True, log_freq=1, total_steps=2, flops_per_token=1, num_devices=1,
-        device=torch.device("cpu"), enable_tensorboard=False,
-    )  # fmt: skip
+        str(tmp_path), torch.device("cpu"), total_steps=2, flops_per_token=1, log_freq=1, enable_tensorboard=False
+    )
+    metrics.start(SimpleNamespace(step=0, tokens_seen=0))
     last = model.mtp["0"].block.moe.router.tokens_per_expert
     for step, counts in enumerate(([50, 0, 50, 50], [50, 0, 50, 2]), start=1):
         model.layers["1"].moe.router.tokens_per_expert += 1
         last += torch.tensor(counts)
         balance.update()
-        metrics.count(1)
-        metrics.log(step, loss=1.0, grad_norm=1.0, lr=1.0, tokens_seen=1, experts=balance.report())
+        state = SimpleNamespace(step=step, tokens_seen=step)
+        metrics.log(state, loss=1.0, grad_norm=1.0, lr=1.0, data_seconds=0.0, **balance.report())
     first, second, *warning = capsys.readouterr().out.splitlines()
     assert "expert load 1.33" in first and "expert load 1.96" in second
     assert len(warning) == 1 and warning[0].startswith("warning: routing collapses") and "1 (50%);" in warning[0]

@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU, and saves beside training there. (Without one: test_faults.py, test_saves.py.)"""
+"""Faults on a GPU, and asynchronous saves there. (On a CPU: test_faults.py, test_saves.py.)"""
 
 import json
 import pickle
@@ -12,7 +12,7 @@ from helpers.runs import argv, options, read_metrics, write_ragged_text
 
 from checkpoint.integrity import MANIFEST
 from checkpoint.writer import Staging
-from resilience.signals import EXIT_PREEMPTED
+from resilience import EXIT_PREEMPTED
 
 pytestmark = needs_gpu
 
@@ -22,9 +22,9 @@ EXACT = options(training__deterministic="true", training__steps="8")
 
 
 @pytest.mark.parametrize("waits", [True, False], ids=["waits", "does not"])
-def test_the_optimizer_waits_for_the_copy(waits):
-    """A gigabyte that is overwritten while it is copied into pinned memory: what was there before arrives, for the
-    device waits; without that, something else does."""
+def test_optimizer_waits_for_the_copy(waits):
+    """A gigabyte is overwritten while it is copied into pinned memory. The copy has the old values if the device waits
+    for it, and other values if it does not."""
     staging, tensors = Staging(pinned=True), {"x": torch.ones(2**28, device="cuda")}
     for first in (1, 2):  # the second copy goes into the memory of the first
         tensors["x"].fill_(first)
@@ -43,15 +43,15 @@ def _files(folder: Path) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("more", [{}, COMPILE | MIXTURE], ids=["dense", "mixture, compiled"])
-def test_saves_beside_training_are_the_same_files(more, tmp_path):
-    """Saved after each of 8 steps, the files of asynchronous saves from pinned memory are byte for byte those of saves
-    that training stood still for; and the CPU waits for the GPU no more than without them."""
-    still = run(tmp_path / "still", more, EACH_STEP, EXACT)
-    beside = run(tmp_path / "beside", more, EACH_STEP, EXACT, PINNED, options(metrics__log_freq="8"))
-    still_files, beside_files = (_files(tmp_path / name / "run" / "checkpoint") for name in ("still", "beside"))
-    assert len(still_files) == 8 and beside_files == still_files
-    assert beside["metrics"][-1]["loss"] == still["metrics"][-1]["loss"]
-    waits = dict(beside["waits"])
+def test_asynchronous_saves_write_the_files_of_synchronous_saves(more, tmp_path):
+    """After each of 8 steps, asynchronous saves from pinned memory write byte for byte the files of synchronous saves,
+    and the CPU waits for the GPU no more often than without saves."""
+    sync = run(tmp_path / "sync", more, EACH_STEP, EXACT)
+    pinned = run(tmp_path / "pinned", more, EACH_STEP, EXACT, PINNED, options(metrics__log_freq="8"))
+    sync_files, pinned_files = (_files(tmp_path / name / "run" / "checkpoint") for name in ("sync", "pinned"))
+    assert len(sync_files) == 8 and pinned_files == sync_files
+    assert pinned["metrics"][-1]["loss"] == sync["metrics"][-1]["loss"]
+    waits = dict(pinned["waits"])
     assert [waits[step] for step in (4, 5, 6)] == [["training/optimizer.py"]] * 3
 
 
@@ -74,9 +74,9 @@ class Job:
         return [(row["step"], row["loss"], row["grad_norm"]) for row in rows.values()]
 
 
-def test_killed_beside_a_save(tmp_path):
-    """kill -9 while asynchronous saves from pinned memory go on: resumed, compiled, on packed documents, the losses are
-    an undisturbed run's to the last bit. SIGTERM likewise, with status 75."""
+def test_killed_during_asynchronous_saves_resumes_exactly(tmp_path):
+    """A compiled run on packed documents is killed (kill -9) during asynchronous saves from pinned memory, resumed, and
+    ended by SIGTERM with status 75. Its losses equal those of an undisturbed run to the last bit."""
     packed = options(data__packing="documents", data__path=write_ragged_text(tmp_path))
     settings = (COMPILE, PINNED, EACH_STEP, packed)
     undisturbed, job = Job(tmp_path, *settings), Job(tmp_path / "job", *settings)
@@ -88,17 +88,18 @@ def test_killed_beside_a_save(tmp_path):
     assert job.text.count("resumed at step ") == 2 and job.rows == undisturbed.rows and len(job.rows) == 8
 
 
-def test_out_of_memory(tmp_path):
-    """One line says what to change."""
+def test_out_of_gpu_memory_says_what_to_change(tmp_path):
+    """One line says which options to change."""
     job = Job(tmp_path)
     assert job.run(dict(kind="out of GPU memory", step=2)) == 1
     (line,) = [line for line in job.text.splitlines() if line.startswith("error")]
     assert "OutOfMemoryError" in line and "lower training.local_batch_size" in line
 
 
-def test_a_collective_that_hangs(tmp_path):
-    """Behind a kernel that does not end, NCCL's next collective ends the run after comm.timeout_seconds, with a line
-    that says so; its flight recorder's last collectives, and where the CPU waits, are in the dump folder."""
+def test_collective_that_hangs_ends_the_run(tmp_path):
+    """A kernel does not end, and NCCL's next collective waits for it. After comm.timeout_seconds the run ends with a
+    line that says so. The last collectives of NCCL's flight recorder and the stack of the CPU are in the dump
+    folder."""
     job = Job(tmp_path, options(comm__timeout_seconds="10"))
     assert job.run(dict(kind="GPU hangs", step=3)) == 1, job.text
     assert "rank 0 failed: one of NCCL's collectives was not done after comm.timeout_seconds" in job.text

@@ -1,8 +1,9 @@
-"""What a run does when something fails. Each test injects one fault, and is one line of docs/faults.md, which
-`pytest tests/test_faults.py --write-docs` writes: the fault is the test's name, what follows its docstring.
+"""Runs in which something fails. Each test injects one fault and is one line of docs/faults.md: the mark names the
+fault, and the docstring says what follows. `pytest --write-docs` with the modules of helpers/fault_table.py writes the
+table.
 
-(Damaged checkpoints, failed saves and damaged data: test_damaged_checkpoints.py, test_saves.py, test_shards.py; many
-kills: benchmarks/fault_sweep.py.)
+Damaged checkpoints, failed saves and damaged data are in test_damaged_checkpoints.py, test_saves.py and test_shards.py;
+benchmarks/fault_sweep.py kills runs many times.
 """
 
 import os
@@ -14,11 +15,11 @@ from pathlib import Path
 import pytest
 from helpers import fault_table
 from helpers.fault_table import fault
-from helpers.faults import TORCHRUN, TwoHosts, exit_codes, start
+from helpers.faults import FAULTS, TORCHRUN, TwoHosts, exit_codes, start
 from helpers.runs import TINY, argv, options, read_metrics, write_ragged_text
 
-from resilience.process_group import OUT_OF_MEMORY, _report_failure
-from resilience.signals import EXIT_PREEMPTED
+from resilience import EXIT_PREEMPTED
+from resilience.clean_exit import OUT_OF_MEMORY, report_with_traceback
 
 STEPS = 8
 RUN = options(
@@ -46,7 +47,7 @@ class Job:
 
     @property
     def rows(self) -> list[tuple]:
-        """What must not change from run to run, of each step, as it was done last."""
+        """The numbers that must not change from run to run, of each step. A step that was done again counts once."""
         rows = read_metrics(self.folder / "run")
         return list(
             {r["step"]: (r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens_seen"]) for r in rows}.values()
@@ -80,8 +81,8 @@ def job(tmp_path, text):
 
 @fault("kill -9 of one rank")
 def test_kill_9_of_one_rank(job, undisturbed):
-    """The other ranks end within seconds; the next start resumes from the last complete checkpoint, and its losses are
-    an undisturbed run's to the last bit."""
+    """The other ranks end within seconds. The next start resumes from the last complete checkpoint, and its losses
+    equal those of an undisturbed run to the last bit."""
     processes = start(2, job.argv(), str(job.output), dict(kind="kill", step=6, rank=1))
     processes[1].join(60)
     killed = time.monotonic()
@@ -93,8 +94,8 @@ def test_kill_9_of_one_rank(job, undisturbed):
 @fault("kill -9 of all ranks during a save (async_mode {mode})")
 @pytest.mark.parametrize("mode", ["disabled", "async"])
 def test_kill_9_of_all_ranks_during_a_save(mode, job, undisturbed):
-    """The unfinished folder is no checkpoint, and is removed; the run resumes from the one before, as above. So with
-    asynchronous saves."""
+    """The unfinished folder is no checkpoint and is removed. The run resumes from the checkpoint before it, and its
+    losses equal those of an undisturbed run to the last bit."""
     settings = options(checkpoint__async_mode=mode)
     processes = start(2, job.argv(settings), str(job.output), dict(kind="kill in save", step=4))
     processes[0].join(60)
@@ -107,8 +108,8 @@ def test_kill_9_of_all_ranks_during_a_save(mode, job, undisturbed):
 
 
 @fault("killed three times in a row, resumed on fewer and more ranks and in other layouts")
-def test_resume_three_times_on_other_ranks_and_layouts(job, undisturbed):
-    """Killed and resumed on 2, 1, 4 and 2 ranks, with tensor and pipeline parallelism: equal to 1e-9."""
+def test_killed_three_times_resumes_on_other_ranks_and_layouts(job, undisturbed):
+    """Runs on 2, 1, 4 and 2 ranks, with tensor and pipeline parallelism, equal an undisturbed run to 1e-9."""
     pipeline = options(parallelism__pipeline_parallel_degree=2, training__local_batch_size=4)
     for ranks, settings, step in (
         (2, {}, 3),
@@ -127,9 +128,9 @@ def test_resume_three_times_on_other_ranks_and_layouts(job, undisturbed):
 
 
 @fault("a rank asleep, the others in a collective")
-def test_a_rank_asleep_in_a_collective(job):
-    """The collective ends after comm.timeout_seconds, the run with it, with a line that says so; the stack of each rank
-    is in the dump folder, and names the function that slept."""
+def test_rank_asleep_ends_the_collective(job):
+    """The collective fails after comm.timeout_seconds. The run ends with a line that says so, and the stack of each
+    rank in the dump folder names the function that slept."""
     settings = options(comm__timeout_seconds=4)
     began = time.monotonic()
     codes = exit_codes(start(2, job.argv(settings), str(job.output), dict(kind="sleep", step=3, rank=1)))
@@ -141,9 +142,9 @@ def test_a_rank_asleep_in_a_collective(job):
 
 @fault("NCCL reports a collective that hangs")
 @pytest.mark.parametrize("kind", ["NCCL's file", "NCCL's file, elsewhere"])
-def test_nccl_reports_a_timeout(kind, job):
+def test_nccl_timeout_ends_all_ranks(kind, job):
     """When NCCL's flight recorder writes a rank's last collectives, all ranks end within seconds, with a line that says
-    so, and leave their stacks. (Here the file is written by hand; by NCCL: `tests/test_cuda_faults.py`.)"""
+    so, and write their stacks. (This test writes the file by hand; in `tests/test_cuda_faults.py` NCCL does.)"""
     stacks = job.folder / "run" / "stacks"
     stacks.mkdir(parents=True)
     (stacks / "nccl-rank-0").write_text("of an earlier run")
@@ -155,32 +156,33 @@ def test_nccl_reports_a_timeout(kind, job):
 
 
 @fault("a rank crashes under torchrun --max-restarts")
-def test_restart_by_torchrun(job, undisturbed):
-    """A rank crashes, `torchrun --max-restarts` starts all again, and they resume by themselves."""
-    command = [*TORCHRUN, "--standalone", "--max-restarts=1", "tests/faults.py", "crash", "6", "1", *job.argv()]
+def test_crash_under_torchrun_restarts_all_ranks(job, undisturbed):
+    """torchrun starts all ranks again, and they resume from the last checkpoint."""
+    crash = [str(FAULTS), "crash", "6", "1"]
+    command = [*TORCHRUN, "--standalone", "--max-restarts=1", *crash, *job.argv()]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
     assert "error: rank 1 failed: RuntimeError: injected" in done.stderr
     assert job.rows == undisturbed
 
 
-# ------------------------------------------------------------------------------------------------ preemption
-
-
 @fault("no checkpoint can be written")
-def test_disk_full_through_a_run(job, undisturbed):
-    """The run goes on to its end, counting in the metrics the saves that failed, and exits with status 1, for its last
+def test_disk_full_does_not_end_the_run(job, undisturbed):
+    """The run goes on to its last step, and the metrics count the failed saves. It exits with status 1, since the last
     step is not saved."""
     assert job.run(2, fault=dict(kind="disk full")) == [1, 1], job.lines
     assert job.rows == undisturbed and [row["failed_saves"] for row in read_metrics(job.folder / "run")][-1] == 3
     assert "error: the last step could not be saved" in job.lines
 
 
+# ------------------------------------------------------------------------------------------------ preemption
+
+
 @fault("{name} to one rank")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_one_rank(name, job, undisturbed):
-    """All ranks save after the same step and exit with status 75; the next start goes on from there. So with
-    asynchronous saves."""
+def test_signal_to_one_rank_saves_and_ends_all(name, job, undisturbed):
+    """All ranks save after the same step and exit with status 75; the next start resumes from that step. The same holds
+    with asynchronous saves."""
     settings = ASYNC if name == "SIGUSR1" else {}
     assert job.run(2, settings, fault=dict(kind=name, step=3, rank=1)) == [EXIT_PREEMPTED] * 2, job.lines
     assert any(line == f"{name} ended the run after step 4, which is saved" for line in job.lines), job.lines
@@ -188,8 +190,8 @@ def test_a_signal_to_one_rank(name, job, undisturbed):
 
 
 @fault("SIGTERM to torchrun, ranks and data workers")
-def test_sigterm_to_the_whole_process_group_with_data_workers(job, undisturbed):
-    """torchrun, its ranks and their data workers all get it: the workers live on, the ranks save and end."""
+def test_sigterm_to_torchrun_ranks_and_data_workers(job, undisturbed):
+    """All of them receive the signal. The data workers ignore it, and the ranks save and end."""
     settings = options(data__num_workers=1, training__steps=100000, metrics__log_freq=1)
     command = [*TORCHRUN, "--standalone", "train.py", *job.argv(settings)]
     with open(job.output, "w") as file:
@@ -210,9 +212,9 @@ def test_sigterm_to_the_whole_process_group_with_data_workers(job, undisturbed):
 
 @fault("one rank: {kind}")
 @pytest.mark.parametrize("kind", ["nan gradient", "nan forward", "infinite loss"])
-def test_not_finite_on_one_rank(kind, job):
-    """NaN in one rank's gradient or activations, or an infinite loss: all ranks end before the optimizer's step, and
-    one line names the step, the rank whose loss it was, and the first parameter; the last checkpoint is good."""
+def test_not_finite_on_one_rank_ends_the_run(kind, job):
+    """All ranks end before the optimizer's step. One line names the step, the first parameter and, if its loss is not
+    finite, the rank. The last checkpoint is good."""
     assert job.run(2, fault=dict(kind=kind, step=3, rank=1)) == [1, 1]
     (line,) = [line for line in job.lines if line.startswith("error")]
     assert line.startswith("error: step 3: the gradient's norm is nan") and line.endswith("no weight was changed.")
@@ -222,8 +224,8 @@ def test_not_finite_on_one_rank(kind, job):
 
 
 @fault("NaN on one rank, skipping allowed")
-def test_not_finite_and_skipped(job):
-    """With training.max_skipped_steps such a step changes nothing, is counted in the metrics, and the run goes on."""
+def test_not_finite_step_is_skipped_if_allowed(job):
+    """With training.max_skipped_steps the step changes no weight, the metrics count it, and the run goes on."""
     settings = options(training__max_skipped_steps=1)
     assert job.run(2, settings, fault=dict(kind="nan forward", step=3, rank=1)) == [0, 0], job.lines
     rows = read_metrics(job.folder / "run")
@@ -233,18 +235,18 @@ def test_not_finite_and_skipped(job):
 
 
 @fault("out of memory")
-def test_out_of_memory(job):
-    """One line says what to change."""
+def test_out_of_memory_says_what_to_change(job):
+    """One line says which options to change."""
     assert job.run(2, fault=dict(kind="out of memory", step=2, rank=1)) == [1, 1]
     (line,) = [line for line in job.lines if line.startswith("error")]
     assert "rank 1 failed" in line and "lower training.local_batch_size" in line
 
 
 @pytest.mark.parametrize("text", OUT_OF_MEMORY)
-def test_out_of_memory_in_other_words(text, capfd):
-    """torch raises it as several errors; each is told from another error by its text."""
-    _report_failure(RuntimeError(f"{text}: more of it"), None)
-    _report_failure(RuntimeError("something else"), None)
+def test_out_of_memory_is_recognised_by_its_text(text, capfd):
+    """torch raises it as several errors, and each of them is recognised."""
+    report_with_traceback(RuntimeError(f"{text}: more of it"), None)
+    report_with_traceback(RuntimeError("something else"), None)
     first, other = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
     assert "lower training.local_batch_size" in first and "lower training.local_batch_size" not in other
 
@@ -253,8 +255,9 @@ def test_out_of_memory_in_other_words(text, capfd):
 
 
 @fault("two jobs in one dump folder")
-def test_two_jobs_in_one_folder(job):
-    """The second is refused with one line that says which process has the folder; if that is killed, it is free."""
+def test_two_jobs_in_one_folder_the_second_is_refused(job):
+    """The second job is refused with one line that names the process of the first. If that process is killed, the
+    folder is free."""
     processes = start(1, job.argv(), str(job.output), dict(kind="sleep", step=2))
     while not (job.folder / "run" / "metrics.jsonl").exists() or not read_metrics(job.folder / "run"):
         assert processes[0].is_alive(), job.lines
@@ -269,9 +272,9 @@ def test_two_jobs_in_one_folder(job):
 
 
 @fault("two hosts (no fault)")
-def test_two_hosts(job, undisturbed):
-    """torchrun on two hosts (network namespaces with a cable between them), 2 ranks each, is the run of one host: equal
-    to 1e-9."""
+def test_two_hosts_equal_one(job, undisturbed):
+    """torchrun on two hosts (network namespaces with a cable between them), 2 ranks each, equals the run on one host to
+    1e-9."""
     hosts = TwoHosts()
     try:
         hosts.__enter__()
@@ -291,5 +294,5 @@ def test_two_hosts(job, undisturbed):
 
 
 def test_docs_list_the_faults():
-    """docs/faults.md is of these faults, and says of each what its test's docstring does."""
+    """docs/faults.md lists exactly the faults of these tests, each with the docstring of its test."""
     assert fault_table.listed() == {title: follows for title, (follows, _) in fault_table.faults().items()}

@@ -112,6 +112,7 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
     """`train.main` for one step, and what was seen of it. Not the real thing are: process group, memory, initial
     values; the pipeline's schedule, which looks at what has arrived, so that the stage runs one microbatch by itself;
     the routers' choice, which is balanced; and nothing is compiled or saved."""
+    import resilience.run
     import train
     from model import moe
 
@@ -176,7 +177,8 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
     arguments += ["--checkpoint.enable=false", "--compile.enable=false", "--data.num_workers=0"]
     config = load_config(arguments)
     replaced = {
-        train: (init_distributed, build_stages, build_forward_backward, build_optimizer, clip_grad_norm),
+        resilience.run: (init_distributed,),
+        train: (build_stages, build_forward_backward, build_optimizer, clip_grad_norm),
         train.ExpertLoadBalancer: (update,),
         moe: (experts_grouped,),
         expert: (to_lists,),

@@ -1,4 +1,4 @@
-"""scripts/slurm.sh under a SLURM of two small scripts: what it starts, and what it does before the time limit."""
+"""scripts/slurm.sh with two small scripts in place of SLURM's: how it starts a run, and how it ends one in time."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from helpers.ranks import free_port
 from helpers.runs import TINY, argv, options, write_ragged_text
 
 SRUN = """#!/usr/bin/env bash
-# One node: what follows srun's own options, in its place.
+# One node: runs the command that follows srun's options.
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """
@@ -22,7 +22,7 @@ if [[ $1 == show ]]; then echo localhost; else echo "$@" >> "$SLURM_LOG"; fi
 
 
 def submit(folder: Path, *settings: dict[str, str]) -> tuple[subprocess.Popen, Path]:
-    """The script as SLURM's first node runs it, and the file of its output."""
+    """Starts the script as SLURM's first node does; the process and the file of its output."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
@@ -37,9 +37,9 @@ def submit(folder: Path, *settings: dict[str, str]) -> tuple[subprocess.Popen, P
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file), output
 
 
-def test_saved_before_the_time_limit_and_queued_again(tmp_path):
-    """SIGUSR1 to the script: both ranks save and end, and the job is queued again, once; the same command then goes on
-    from that step, and ends with status 0, and no word to the queue."""
+def test_time_limit_saves_and_queues_the_job_again(tmp_path):
+    """After SIGUSR1 to the script both ranks save and end, and the job is queued again once. The same command then
+    resumes from that step, ends with status 0, and does not queue the job."""
     settings = {"job.dump_folder": str(tmp_path / "run"), "data.cache_folder": str(tmp_path / "cache")}
     settings |= options(data__path=write_ragged_text(tmp_path), checkpoint__enable="true", checkpoint__interval=100000)
     job, output = submit(tmp_path, settings, options(training__steps="100000"))

@@ -252,7 +252,7 @@ def test_changed_data_is_noticed(text, tmp_path):
 def test_an_unexpected_error_keeps_its_traceback():
     """Only errors that are raised on purpose are cut to a line: a bug in a library must stay debuggable."""
     program = (
-        "from resilience.process_group import clean_exit\nimport torch\n"
+        "from resilience import clean_exit\nimport torch\n"
         "with clean_exit():\n    torch.optim.SGD([], lr=1)\n"  # a ValueError of torch's
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

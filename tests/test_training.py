@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from model import IGNORE_INDEX, ModelArgs, Transformer
 from model.head import Head, reference_loss
 from resilience.health import LossSpikes
-from resilience.process_group import init_distributed, require_equal_on_all_ranks
+from resilience.process_group import init_distributed, require_same_on_all_ranks
 from training.lr_schedule import learning_rate
 from training.metrics import PEAK_FLOPS
 from training.optimizer import build_optimizer, clip_grad_norm
@@ -157,30 +157,30 @@ def test_norm_of_bfloat16_gradients_is_not_rounded(pp):
 
 def _refused_difference():
     init_distributed("cpu", 60)
-    require_equal_on_all_ranks(data="the same")
+    require_same_on_all_ranks(data="the same")
     with pytest.raises(ValueError) as error:
-        require_equal_on_all_ranks(configuration="the same", data=f"from machine {dist.get_rank()}")
+        require_same_on_all_ranks(configuration="the same", data=f"from machine {dist.get_rank()}")
     return str(error.value)
 
 
-def test_ranks_that_read_different_things_are_refused():
-    """Machines whose files or options differ end with an error on every rank instead of training on a mixture."""
+def test_ranks_that_read_different_data_are_refused():
+    """Machines whose files or options differ end with an error on every rank, instead of training on different data."""
     messages = run_ranks(2, _refused_difference)
     assert messages[0] == "data differs between ranks: 0 and [1]; give all the same."
 
 
 def test_peak_flops_finds_the_most_exact_name():
-    """'NVIDIA H100 PCIe' is not taken for the faster SXM part, nor a GH200 for an H200, nor an H20 for either."""
+    """The PCIe part does not get the peak of the faster SXM part, nor GH200 that of H200, nor H20 that of either."""
     first = lambda name: next(part for part in PEAK_FLOPS if part in name)  # noqa: E731
     assert first("NVIDIA H100 PCIe") == "H100 PCIe" and first("NVIDIA H100 80GB HBM3") == "H100"
     assert first("NVIDIA H200") == "H200" and first("NVIDIA H20") == "H20" and first("NVIDIA GH200 480GB") == "GH200"
 
 
-def test_a_loss_spike_is_told():
-    """Noise and a falling loss are no spike, nor is anything before there is a history; a jump is, once."""
+def test_loss_spike_is_reported_once():
+    """A jump of the loss is reported once. Noise and a falling loss are no spike, nor is any loss without a history."""
     spikes, noise = LossSpikes(), torch.Generator().manual_seed(0)
     losses = [3 - 0.01 * i + 0.05 * torch.randn((), generator=noise).item() for i in range(80)]
     assert [spikes.warning(i, loss) for i, loss in enumerate([9.0, *losses])] == [None] * 81
-    assert spikes.warning(81, math.nan) is None  # another's matter
+    assert spikes.warning(81, math.nan) is None  # NonFiniteGuard reports it
     assert "loss spike at step 82: 9.5000" in spikes.warning(82, 9.5)
     assert spikes.warning(83, 2.2) is None

@@ -1,4 +1,7 @@
-"""What a run reports: one console line, one JSON object and, if asked for, TensorBoard scalars per logged step."""
+"""Reports each logged step: a console line, a JSON object in metrics.jsonl and, if enabled, TensorBoard scalars.
+
+Proof: tests/test_metrics.py::test_metrics_of_an_interval_are_means_over_its_steps.
+"""
 
 import json
 import math
@@ -9,7 +12,9 @@ import time
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 
+from resilience.health import LossSpikes
 from training.balance import collapse_warning
 
 # Dense bfloat16 tensor-core peak in FLOP/s, from NVIDIA's data sheets (SXM parts unless named), first match wins.
@@ -29,7 +34,7 @@ PEAK_FLOPS = {
 
 
 def device_peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that MFU is measured against; None where it is not known (any CPU)."""
+    """The FLOP/s that MFU compares with; None if the peak is unknown, as of any CPU."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -37,104 +42,90 @@ def device_peak_flops(device: torch.device) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory held so far, in GiB: the allocator's on a GPU, the process's resident set on a CPU."""
+    """Peak memory so far, in GiB: the allocator's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Metrics:
-    """Writes a logged step to the console, metrics.jsonl and TensorBoard; rank 0 only, silent elsewhere.
+    """Writes a logged step to the console, metrics.jsonl and TensorBoard. Rank 0 writes; the other ranks do nothing.
 
-    Keys of a line in metrics.jsonl: step (counted from 1), loss (nats a token), grad_norm (before clipping), lr,
-    tokens_seen (since step 0, resumed runs included), tokens_per_second (of all ranks), tokens_per_second_per_device,
-    tflops (model FLOPs a device a second, in 1e12), mfu (tflops / the device's peak; null if that is unknown),
-    memory_gib (rank 0's peak), seconds (a step, the mean since the last logged one), data_seconds (those of them that
-    rank 0 waited for data; the console shows it above 5 % of the step), skipped_steps and failed_saves (since this
-    start of the run: steps whose gradient was not finite, checkpoints that could not be written). For a mixture of
-    experts also expert_load, expert_idle and expert_bias_range, a number a layer (training/balance.py), and at its
-    steps validation_loss, validation_perplexity and validation_seconds (training/validation.py), whose time is in no
-    speed.
+    Keys of a line in metrics.jsonl:
+
+        step                          counted from 1
+        loss                          nats per token
+        grad_norm                     before clipping
+        lr
+        tokens_seen                   since step 0, resumed runs included
+        tokens_per_second             of all ranks; time in validation does not count
+        tokens_per_second_per_device
+        tflops                        model FLOPs per second and device, in 1e12
+        mfu                           tflops / the device's peak; null if the peak is unknown
+        memory_gib                    rank 0's peak
+        seconds                       per step, the mean since the last logged step
+        data_seconds                  how much of `seconds` rank 0 waited for data; on the console if above 5 %
+        skipped_steps, failed_saves   since this start of the run: steps with a gradient that is not finite, and
+                                      checkpoints that could not be written
+        expert_*                      of MoE models, a list with a number per MoE layer (training/balance.py)
+        validation_*                  of steps with validation (training/validation.py)
     """
 
     def __init__(
         self,
         dump_folder: str,
+        device: torch.device,
         *,
-        is_writer: bool,
-        log_freq: int,
         total_steps: int,
         flops_per_token: int,
-        num_devices: int,
-        device: torch.device,
+        log_freq: int,
         enable_tensorboard: bool,
     ):
-        self.is_writer, self.log_freq, self.total_steps = is_writer, log_freq, total_steps
-        self.flops_per_token, self.num_devices, self.device = flops_per_token, num_devices, device
+        self.device, self.total_steps, self.flops_per_token = device, total_steps, flops_per_token
+        self.log_freq, self.num_devices = log_freq, dist.get_world_size()
         self.peak_flops = device_peak_flops(device)
+        self.spikes = LossSpikes()
         self.file = self.tensorboard = None
-        if is_writer:
+        if dist.get_rank() == 0:
             os.makedirs(dump_folder, exist_ok=True)
             self.file = open(os.path.join(dump_folder, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
             if enable_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
                 self.tensorboard = SummaryWriter(os.path.join(dump_folder, "tensorboard"))
-        self.start()
 
-    def start(self) -> None:
-        """Begins the interval over which the next logged step's speed is measured."""
-        self.interval_start, self.interval_tokens, self.interval_steps = time.perf_counter(), 0, 0
-        self.interval_waited = 0.0
+    def start(self, state) -> None:
+        """Begins the interval over which the next logged step's speed is measured; state: a TrainState."""
+        self.start_time, self.start_step, self.start_tokens = time.perf_counter(), state.step, state.tokens_seen
 
     def is_log_step(self, step: int) -> bool:
         return step % self.log_freq == 0 or step == self.total_steps or step == 1
 
-    def count(self, tokens: int, seconds_waited: float = 0.0) -> None:
-        """A step: its tokens, and how long it has waited for them."""
-        self.interval_waited += seconds_waited
-        self.interval_tokens += tokens
-        self.interval_steps += 1
-
-    def log(
-        self,
-        step: int,
-        *,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-        tokens_seen: int,
-        experts: dict | None = None,
-        validation: dict | None = None,
-        skipped_steps: int = 0,
-        failed_saves: int = 0,
-    ) -> None:
-        """Reports a step. The caller has read loss from the device, so that the clock sees finished work. experts: what
-        `training/balance.py` reports, a list by layer each; validation: what `training/validation.py` does."""
-        if not self.is_writer:
+    def log(self, state, *, loss: float, grad_norm: float, lr: float, data_seconds: float, **more) -> None:
+        """Reports the step that state has just counted, and begins the next interval. The caller has read loss from the
+        device, so that the clock sees finished work. data_seconds: how long the loader has waited since the last logged
+        step. more: the columns from skipped_steps on, in their order."""
+        if self.file is None:
             return
-        validation = validation or {}
-        seconds = time.perf_counter() - self.interval_start - validation.get("validation_seconds", 0.0)
-        tokens_per_second = self.interval_tokens / seconds
+        seconds = time.perf_counter() - self.start_time - more.get("validation_seconds", 0.0)
+        steps = state.step - self.start_step
+        tokens_per_second = (state.tokens_seen - self.start_tokens) / seconds
         flops = self.flops_per_token * tokens_per_second / self.num_devices
         row = dict(
-            step=step,
+            step=state.step,
             loss=loss,
             grad_norm=grad_norm,
             lr=lr,
-            tokens_seen=tokens_seen,
+            tokens_seen=state.tokens_seen,
             tokens_per_second=tokens_per_second,
             tokens_per_second_per_device=tokens_per_second / self.num_devices,
             tflops=flops / 1e12,
             mfu=flops / self.peak_flops if self.peak_flops else None,
             memory_gib=peak_memory_gib(self.device),
-            seconds=seconds / self.interval_steps,
-            data_seconds=self.interval_waited / self.interval_steps,
-            skipped_steps=skipped_steps,
-            failed_saves=failed_saves,
-            **(experts or {}),
-            **validation,
+            seconds=seconds / steps,
+            data_seconds=data_seconds / steps,
+            **more,
         )
         # JSON has no NaN: a skipped step's loss is null.
         self.file.write(
@@ -144,15 +135,14 @@ class Metrics:
         if self.tensorboard:
             for key, value in row.items():
                 if isinstance(value, list):
-                    for i, of_layer in enumerate(value):
-                        self.tensorboard.add_scalar(f"{key}/{i}", of_layer, step)
+                    for i, layer_value in enumerate(value):
+                        self.tensorboard.add_scalar(f"{key}/{i}", layer_value, state.step)
                 elif key != "step" and value is not None:
-                    self.tensorboard.add_scalar(key, value, step)
-        print(self._line(row), flush=True)
-        warning = collapse_warning(experts or {})
-        if warning:
-            print(warning, flush=True)
-        self.start()
+                    self.tensorboard.add_scalar(key, value, state.step)
+        for line in (self._line(row), collapse_warning(more), self.spikes.warning(state.step, loss)):
+            if line:
+                print(line, flush=True)
+        self.start(state)
 
     def _line(self, row: dict) -> str:
         left = timedelta(seconds=round(row["seconds"] * (self.total_steps - row["step"])))

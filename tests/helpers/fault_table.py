@@ -1,4 +1,4 @@
-"""docs/faults.md: a line for every fault that the tests of MODULES inject, from their docstrings."""
+"""Writes docs/faults.md: a line for every fault that the tests of MODULES inject, from their marks and docstrings."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ def fault(title: str) -> Callable:
 
 
 def faults() -> dict[str, tuple[str, str]]:
-    """Every fault: what follows from it, and the beginning of its tests' names."""
+    """By fault: what follows from it, and the name of its test without parameters."""
     found = {}
     for module in map(__import__, MODULES):
         tests = [test for test in vars(module).values() if isinstance(getattr(test, "fault", None), str)]
@@ -47,14 +47,14 @@ def _parameters(test: Callable) -> list[dict]:
 
 
 def listed() -> dict[str, str]:
-    """The faults of docs/faults.md, and what is said there to follow."""
+    """The faults of docs/faults.md, each with what follows from it."""
     table, *_ = (DOCS / "faults.md").read_text().split("\n## ")
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")]
     return {cells[0].removeprefix("| "): cells[1] for cells in rows if cells[0] != "| fault"}
 
 
 def write(passed: set[str]) -> None:
-    """Writes docs/faults.md if every fault's test has passed; passed: names of tests, without parameters."""
+    """Writes docs/faults.md if the tests of all faults have passed; passed: names of tests, without parameters."""
     table = faults()
     if not {test for _, test in table.values()} <= passed:
         return
@@ -67,7 +67,7 @@ Written on {date.today()}, torch {torch.__version__}, {platform.machine()}, gloo
 
     pytest --write-docs {" ".join(f"tests/{name}.py" for name in MODULES)}
 
-Each test injects the faults of its lines, and its docstring says what must follow. What needs a GPU is in
+Each test injects the faults of its lines, and its docstring says what must follow. Faults that need a GPU are in
 `tests/test_cuda_faults.py`; see [gpu.md](gpu.md).
 
 | fault | what follows | test |
@@ -76,9 +76,9 @@ Each test injects the faults of its lines, and its docstring says what must foll
 
 ## Killed again and again
 
-`python benchmarks/fault_sweep.py` on {sweep["date"]}, torch {sweep["torch"]}: {sweep["kills"]} kills (SIGKILL) at random
-moments of {sweep["runs"]} runs on {sweep["ranks"]} CPU ranks. Every start resumed from the newest complete checkpoint,
-and the losses and gradient norms of every run equal those of one that was left alone, to the last bit.
+`python benchmarks/fault_sweep.py` on {sweep["date"]}, torch {sweep["torch"]}: {sweep["kills"]} kills (SIGKILL) at
+random moments of {sweep["runs"]} runs on {sweep["ranks"]} CPU ranks. Every start resumed from the newest complete
+checkpoint, and the losses and grad norms of every run equal those of an undisturbed run to the last bit.
 
 {kinds}
 
@@ -87,26 +87,26 @@ and the losses and gradient norms of every run equal those of one that was left 
 | status | meaning |
 |---|---|
 | 0 | the last step is done |
-| 75 | stopped by SIGTERM or SIGUSR1, and saved: start it again |
-| 1 | anything else; the last line says what |
+| 75 | stopped by SIGTERM or SIGUSR1 and saved: start the same command again |
+| 1 | any other end; the last line says why |
 
-torchrun itself ends with 1 in the last two cases. It leaves ranks 30 s to save after it got SIGTERM; from torch 2.13 on
-`--shutdown_timeout` says how long. SIGUSR1 goes to the ranks (torchrun does not hand it on).
+torchrun itself ends with 1 in the last two cases. After SIGTERM it gives the ranks 30 s to save; from torch 2.13 on
+`--shutdown_timeout` sets this time. Send SIGUSR1 to a rank, since torchrun does not pass it on.
 
 ## Several machines
 
-`scripts/slurm.sh` under SLURM; anywhere else, on each of N machines:
+Use `scripts/slurm.sh` under SLURM; without SLURM, run this on each of N machines:
 
-    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # so that a restart does not find the addresses of the ranks before it
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1   # a restart must not find the addresses of the ranks before it
     torchrun --nnodes=N --nproc_per_node=8 --max-restarts=3 --rdzv_id=ANY --rdzv_backend=c10d \\
         --rdzv_endpoint=FIRST_HOST:29500 train.py --job.config_file configs/x.toml --checkpoint.enable true
 
-`job.dump_folder` must be on a file system that all machines share; a save that rank 0 cannot see whole fails.
+`job.dump_folder` must be on a file system that all machines share: a save fails if rank 0 does not see all its files.
 
 ## What a save costs
 
-Seconds for which training stands still for a save, against the time until the checkpoint is complete
-(`benchmarks/save_stall.py`; "disabled": synchronous):
+Stall: the seconds for which training waits for a save. Complete: the seconds until the checkpoint can be loaded
+(`benchmarks/save_stall.py`; "disabled" saves are synchronous):
 
 {STALLS.read_text().rstrip()}
 """

@@ -1,4 +1,7 @@
-"""Runs of train.py with a fault in them: processes that are started, hurt, and waited for, but never tidied up."""
+"""Runs of train.py into which a test injects a fault.
+
+As a script, `torchrun tests/helpers/faults.py KIND STEP RANK ARGUMENTS` is `torchrun train.py ARGUMENTS` with a fault.
+"""
 
 import os
 import signal
@@ -10,14 +13,16 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a script
+
 from helpers.ranks import _context, free_port
 
-ASLEEP = 3600  # seconds
+FAULTS, ASLEEP = Path(__file__), 3600  # seconds
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
 
 
 def start(world_size: int, arguments: list[str], output: str, fault: dict | None = None) -> list:
-    """Processes that do what `torchrun train.py ARGUMENTS` does; their lines go to `output`; fault: see `inject`."""
+    """Starts the processes of `torchrun train.py ARGUMENTS`; they print to the file `output`. fault: see `inject`."""
     port = free_port()
     processes = [
         _context.Process(target=_run, args=(rank, world_size, port, arguments, output, fault or {}))
@@ -29,7 +34,7 @@ def start(world_size: int, arguments: list[str], output: str, fault: dict | None
 
 
 def exit_codes(processes: list, timeout: float = 120) -> list[int]:
-    """When all have ended by themselves."""
+    """Waits until all processes have ended by themselves; AssertionError if some have not in `timeout` seconds."""
     deadline = time.monotonic() + timeout
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -56,7 +61,7 @@ def _run(rank: int, world_size: int, port: int, arguments: list[str], output: st
 def run(arguments: list[str], fault: dict) -> int:
     import train
     from config import load_config
-    from resilience.process_group import clean_exit
+    from resilience import clean_exit
 
     if fault and fault.get("rank", 0) == int(os.environ["RANK"]):
         inject(**fault)
@@ -65,7 +70,7 @@ def run(arguments: list[str], fault: dict) -> int:
 
 
 def inject(kind: str, step: int = 0, rank: int = 0) -> None:
-    """Makes something go wrong on this rank: at the beginning of a step, in a layer during it, or when it is saved."""
+    """Makes this rank fail at the beginning of a step, in a layer during the step, or while the step is saved."""
     import checkpoint.writer
     import train
 
@@ -77,8 +82,8 @@ def inject(kind: str, step: int = 0, rank: int = 0) -> None:
             hurt(kind)
         return count_valid_tokens(*args)
 
-    def build(*args):
-        stages = build_stages(*args)
+    def build(*args, **kwargs):
+        stages = build_stages(*args, **kwargs)
         for stage in stages:
             module = stage.layers["1"] if kind == "nan gradient" else stage.output
             module.register_forward_hook(spoil)
@@ -91,7 +96,7 @@ def inject(kind: str, step: int = 0, rank: int = 0) -> None:
             first = out[0] if isinstance(out, tuple) else out
             first.register_hook(lambda grad: grad * torch.nan)
             return out
-        return out * torch.nan if kind == "nan forward" else out + torch.inf  # whose gradient is finite
+        return out * torch.nan if kind == "nan forward" else out + torch.inf  # its gradient is finite
 
     def save(*args):
         if f"step-{step}" in args[1]:
@@ -135,7 +140,7 @@ def hurt(kind: str) -> None:
 
 
 class TwoHosts:
-    """Two network namespaces with a cable between them: two hosts, for whatever runs in them."""
+    """Two network namespaces with a cable between them, which processes see as two hosts."""
 
     NAMES, ADDRESSES = ("nano-train-0", "nano-train-1"), ("10.77.0.1", "10.77.0.2")
 
@@ -166,11 +171,10 @@ class TwoHosts:
 
 
 def main() -> None:
-    """`torchrun tests/faults.py KIND STEP RANK ARGUMENTS`: the fault happens in the first start only, and not after
-    torchrun has restarted the ranks."""
+    """Runs with the fault of the command line at the first start only, not after torchrun has restarted the ranks."""
     kind, step, rank, *arguments = sys.argv[1:]
     is_first = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    sys.exit(run(arguments, dict(kind=kind, step=int(step), rank=int(rank)) if is_first and kind != "none" else {}))
+    sys.exit(run(arguments, dict(kind=kind, step=int(step), rank=int(rank)) if is_first else {}))
 
 
 if __name__ == "__main__":

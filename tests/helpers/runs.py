@@ -187,7 +187,7 @@ def _command(arguments: list[str], output: str, stop_after: int | None) -> None:
     step after which the run breaks off, once it has saved what it saves there."""
     import train
     from config import load_config
-    from resilience.process_group import clean_exit
+    from resilience import clean_exit
 
     maybe_save = train.CheckpointManager.maybe_save
 

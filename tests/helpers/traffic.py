@@ -113,6 +113,7 @@ def axes_of(mesh) -> dict[str, str]:
 def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
     """What this rank sends in step 2. With fake_ranks it is the last one of so many, with
     weights and gradients that mean nothing, and a token's experts are such that all get equally many."""
+    import resilience.run
     import train
     from config import load_config
     from model.moe import Router
@@ -161,8 +162,8 @@ def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
         patch.setattr(expert, "to_lists", noting)
         if fake_ranks:
             dist.init_process_group("fake", store=FakeStore(), rank=fake_ranks - 1, world_size=fake_ranks)
-            patch.setattr(train, "init_distributed", lambda *_: torch.device("cpu"))
-            patch.setattr(train, "require_equal_on_all_ranks", lambda **_: None)
+            patch.setattr(resilience.run, "init_distributed", lambda *_: torch.device("cpu"))
+            patch.setattr(train.Run, "require_same_on_all_ranks", lambda *_, **__: None)
             patch.setattr(train, "clip_grad_norm", lambda *args: (clip_grad_norm(*args), 1.0)[1])
             patch.setattr(Router, "choose", choose_in_turn)
             patch.setattr(dist, "all_to_all_single", all_send_the_same)
