@@ -1,7 +1,7 @@
-"""Three small things about ranks that every room needs."""
+"""Collectives on Python objects, for setup, checkpoints and errors; and the local part of a tensor."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -9,29 +9,32 @@ from torch.distributed.tensor import DTensor
 
 from errors import ConfigError
 
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """The part of a DTensor that this rank holds; a plain tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+T = TypeVar("T")
 
 
-def gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """The value of every rank of the group, by rank, on every rank. A collective."""
-    values = [None] * dist.get_world_size(group)
+def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns every rank's value, in the order of the group's ranks. The values are pickled."""
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def on_rank0(do: Callable[[], Any], group: dist.ProcessGroup | None = None) -> Any:
-    """Calls `do` on rank 0 alone and returns its result on every rank: ranks must not each look at a folder that
-    changes. An error of the file system becomes a ConfigError on every rank. A collective."""
-    result = [None, None]
+def on_rank0(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Calls `do` on rank 0 and returns its result on all ranks. For folders that change: ranks that each look for
+    themselves may see different files. An OSError on rank 0 becomes the same ConfigError on all ranks."""
+    answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
-            result[0] = do()
+            answer[0] = do()
         except OSError as error:
-            result[1] = f"{error.filename}: {error.strerror}."
-    dist.broadcast_object_list(result, group=group)
-    if result[1]:
-        raise ConfigError(result[1])
-    return result[0]
+            answer[1] = f"{error.filename}: {error.strerror}."
+    dist.broadcast_object_list(answer, group=group)
+    result, failure = answer
+    if failure:
+        raise ConfigError(failure)
+    return result
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Returns the part of a DTensor that this rank holds, and a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -100,7 +100,7 @@ def main(config: Config) -> int:
     # Resume from a checkpoint, in whatever layout it was saved, or start at step 0.
     state = TrainState(data_fingerprint=dataset.fingerprint)
     model_state = ModelState(parameters, balancer.biases, optimizer, model_args)
-    checkpoint = CheckpointManager(config.job.dump_folder, model_state, **vars(config.checkpoint))
+    checkpoint = CheckpointManager(job.dump_folder, model_state, **vars(config.checkpoint))
     checkpoint.load(state)
     sync_derived_weights(stages, tied)
 
@@ -118,7 +118,9 @@ def main(config: Config) -> int:
     parts = dict(mesh=mesh, forward=forward, to_this_rank=to_this_rank, stages=stages)
     validation = Validation(validation_samples, **when, **parts)
     flops = flops_per_token(model_args, training.seq_len)
-    metrics = Metrics(config.job.dump_folder, device, training.steps, flops, **vars(config.metrics))
+    metrics = Metrics(
+        job.dump_folder, device, total_steps=training.steps, flops_per_token=flops, **vars(config.metrics)
+    )
     guard = NonFiniteGuard(parameters, training.max_skipped_steps)
     run.save_config(config)
     log(
@@ -142,7 +144,7 @@ def main(config: Config) -> int:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state.step, group["initial_lr"], training.steps, **vars(config.lr_scheduler))
         checkpoint.wait_for_staging()  # the last asynchronous save may still be copying the weights
-        if guard.allows(state.step + 1, grad_norm, loss):
+        if guard.is_finite(state.step + 1, grad_norm, loss):
             optimizer.step()
             balancer.update()
             sync_derived_weights(stages, tied)
@@ -168,7 +170,7 @@ def main(config: Config) -> int:
 
     is_saved = checkpoint.finish(state)  # a run that was asked to stop is saved here
     metrics.close()
-    return run.close(step=state.step, is_done=state.step == training.steps, is_saved=is_saved)
+    return run.close(step=state.step, is_saved=is_saved)
 
 
 def build_stages(

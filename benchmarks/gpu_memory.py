@@ -21,10 +21,10 @@ from model import ModelArgs, num_params
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
-# What a block keeps for backward, in bytes a token in bfloat16, as multiples of dim, n_kv_heads x head_dim, hidden_dim and
-# n_heads; parallelize/activation.py explains the first three. Compiled, silu(w1 x) is not kept; in float8 neither are
-# the norms' results and the product that goes into w2, which are cast in any case. (Found in the graphs that inductor
-# makes, on torch 2.11 and 2.13; two float32 numbers of the norms come on top.)
+# What a block keeps for backward, in bytes a token in bfloat16, as multiples of dim, n_kv_heads x head_dim, hidden_dim
+# and n_heads; parallelize/activation.py explains the first three. Compiled, silu(w1 x) is not kept; in float8 neither
+# are the norms' results and the product that goes into w2, which are cast in any case. (Found in the graphs that
+# inductor makes, on torch 2.11 and 2.13; two float32 numbers of the norms come on top.)
 KEPT = {
     "eager": (12, 4, 8, 4),
     "op": (6, 2, 2, 4),

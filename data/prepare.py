@@ -43,10 +43,10 @@ def prepare(
     """Makes the corpus of source's documents in folder, as far as it is missing, and returns folder.
 
     processes is the number of worker processes, of one thread each; with 0, this process makes the shards, with a
-    thread for each core. report is called after each shard with the number of finished shards, the number of all shards, and
-    the shard. Each process needs memory in proportion to BATCH_CHARS and to the longest document. Raises ConfigError if
-    there is no text, a document cannot be read, or the folder cannot be written or holds a different corpus.
-    """
+    thread for each core. report is called after each shard with the number of finished shards, the number of all
+    shards, and the shard. Each process needs memory in proportion to BATCH_CHARS and to the longest document. Raises
+    ConfigError if there is no text, a document cannot be read, or the folder cannot be written or holds a different
+    corpus. """
     folder = Path(folder)
     key = cache_key(source, tokenizer, shard_bytes)
     bytes_per_id = _bytes_per_id(tokenizer)

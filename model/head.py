@@ -134,7 +134,7 @@ class LogitsAndStats(nn.Module):
         logits = F.linear(h, weight)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         largest = wide.amax(-1)
-        exp_sum = (wide - largest[:, None]).exp().sum(-1)
+        exp_sum = (wide - largest[:, None]).exp_().sum(-1)
         row, is_here = _row(labels, vocab_start_index, wide.size(-1))
         at_label = wide.gather(-1, row[:, None])[:, 0].where(is_here, 0.0)
         return logits, torch.stack((largest, exp_sum, at_label))
@@ -148,11 +148,13 @@ class LossAndGradLogits(nn.Module):
         log_z = largest + (stats[:, 1] * (stats[:, 0] - largest).exp()).sum(0).log()
         is_valid = labels != IGNORE_INDEX
         loss = (log_z - stats[:, 2].sum(0)).where(is_valid, 0.0).sum()
-        probabilities = (logits.to(log_z.dtype) - log_z[:, None]).exp()
+        # Each line is one pass over the chunk's logits, where they are not compiled into one. A position without a
+        # label has no gradient: its probabilities become exp(-inf), and its row, -1, is no column.
+        log_z = log_z.where(is_valid, torch.inf)
+        probabilities = (logits.to(log_z.dtype) - log_z[:, None]).exp_()
         row, is_here = _row(labels, vocab_start_index, logits.size(-1))
-        columns = torch.arange(logits.size(-1), device=logits.device)
-        is_label = (columns == row[:, None]) & is_here[:, None]
-        return loss, ((probabilities - is_label.to(log_z.dtype)) * is_valid[:, None]).to(logits.dtype)
+        is_label = torch.arange(logits.size(-1), device=logits.device) == row.where(is_here, -1)[:, None]
+        return loss, probabilities.sub_(is_label.to(torch.uint8)).to(logits.dtype)
 
 
 def _row(labels: Tensor, vocab_start_index: int, num_rows: int) -> tuple[Tensor, Tensor]:

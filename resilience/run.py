@@ -31,7 +31,7 @@ class Run:
     first_on_each_machine = staticmethod(first_on_each_machine)
     require_same_on_all_ranks = staticmethod(require_same_on_all_ranks)
 
-    def __init__(self, dump_folder: str, *, device: str, timeout_seconds: int, seed: int, deterministic: bool):
+    def __init__(self, dump_folder: str, device: str, timeout_seconds: int, seed: int, deterministic: bool):
         """Starts the run; a collective. ConfigError on all ranks if another run uses dump_folder. The arguments are
         explained in `init_distributed` and `set_determinism`."""
         record_nccl(dump_folder)  # NCCL reads its settings when the process group starts

@@ -38,7 +38,8 @@ FSDP = dict(param_dtype=torch.float64, reduce_dtype=torch.float64, reshard_after
 
 
 def whole_batch() -> dict[str, torch.Tensor]:
-    """Tokens, labels and positions, [BATCH, SEQ]. Some labels are ignored, so that ranks have unequal numbers of them."""
+    """Tokens, labels and positions, [BATCH, SEQ]. Some labels are ignored, so that ranks have unequal numbers of
+    them."""
     ids = torch.randint(64, (BATCH, SEQ + 1), generator=torch.Generator().manual_seed(0))
     labels = ids[:, 1:].where(torch.arange(SEQ) % torch.tensor([[2], [3], [5], [7]]) != 0, -100)
     return dict(x=ids[:, :-1], labels=labels, positions=torch.arange(SEQ).expand(BATCH, SEQ))

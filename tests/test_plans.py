@@ -1,4 +1,5 @@
-"""Nothing is dropped in silence: a plan key that matches no module is an error, and so is a parameter without a plan."""
+"""Nothing is dropped in silence: a plan key that matches no module is an error, and so is a parameter without a
+plan."""
 
 import pytest
 import torch
