@@ -62,7 +62,7 @@ def main(config: Config) -> int:
     device, log = run.device, run.log
 
     # The ranks as a grid of five axes: pp x dp_replicate x dp_shard x cp x tp. Drawn in parallelize/mesh.py.
-    mesh = build_mesh(device.type, dist.get_world_size(), **p.degrees)
+    mesh = build_mesh(device.type, dist.get_world_size(), timeout_seconds=comm.timeout_seconds, **p.degrees)
     global_batch_size = training.global_batch_size
     if global_batch_size == -1:
         global_batch_size = training.local_batch_size * mesh.dp_degree

@@ -1,10 +1,9 @@
-"""How many tokens a second a rank's loader gives, by the number of its worker processes.
+"""Measures the tokens per second of a rank's loader, by the number of its worker processes.
 
-    python benchmarks/measure_loader.py                              a made-up corpus of 1 GB, in the file system's cache
-    python benchmarks/measure_loader.py --path corpora/mine          one that scripts/prepare_data.py has made
+    python benchmarks/measure_loader.py                              a random corpus of 1 GB, in the file system's cache
+    python benchmarks/measure_loader.py --path corpora/mine          a corpus of scripts/prepare_data.py
 
-A GPU that trains Llama 3.1 8B needs about 12,000 tokens a second of it, the eight of a machine 96,000 from its eight
-loaders.
+A GPU that trains Llama 3.1 8B needs about 12,000 tokens per second from its loader, so eight GPUs need 96,000.
 """
 
 import argparse
@@ -20,12 +19,12 @@ import torch
 
 from data import build_loader
 from data.dataset import TokenDataset
-from data.shards import Corpus, Index, ShardWriter, shard_path
+from data.shards import Corpus, CorpusIndex, ShardWriter, shard_path
 
 NEED = 8 * 12_000
 
 
-def made_up(folder: Path, shards: int, tokens: int) -> Path:
+def random_corpus(folder: Path, shards: int, tokens: int) -> Path:
     """Random documents of about 1,000 tokens."""
     rng, made = np.random.default_rng(0), []
     for number in range(shards):
@@ -34,18 +33,18 @@ def made_up(folder: Path, shards: int, tokens: int) -> Path:
             ids = rng.integers(0, 128_000, rng.integers(1, 2000), dtype="uint32")
             writer.write(np.append(ids, np.uint32(128_001)), 4 * len(ids))
         made.append(writer.close())
-    Index("", "made up", "", 4, 128_001, made).write(folder)
+    CorpusIndex("", "random", "", 4, 128_001, made).write(folder)
     return folder
 
 
 def measure(dataset: TokenDataset, num_workers: int, batch_size: int, seconds: float) -> float:
-    """Tokens a second, from the second step on."""
+    """Tokens per second, without the first step."""
     loader = build_loader(
         dataset,
         global_batch_size=8 * batch_size,
         local_batch_size=batch_size,
-        data_rank=0,
-        data_ranks=8,
+        dp_rank=0,
+        dp_degree=8,
         num_workers=num_workers,
     )
     next(loader)
@@ -60,13 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", help="a corpus")
     parser.add_argument("--seq_len", type=int, nargs="+", default=[2048, 8192])
-    parser.add_argument("--batch_size", type=int, default=2, help="sequences of a rank; default: %(default)s")
+    parser.add_argument("--batch_size", type=int, default=2, help="sequences per rank; default: %(default)s")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        corpus = Corpus(options.path or made_up(Path(folder), 8, 32_000_000))
+        corpus = Corpus(options.path or random_corpus(Path(folder), 8, 32_000_000))
         print("packing    seq_len  workers     tokens/s  x the need of 8 GPUs")
         for packing in ("concat", "documents"):
             for seq_len in options.seq_len:

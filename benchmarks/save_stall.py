@@ -1,11 +1,11 @@
-"""How long a save keeps training waiting, for each way of saving:
+"""Measures for how long a save stalls training, for each checkpoint.async_mode:
 
     torchrun --nproc_per_node=2 benchmarks/save_stall.py --gib 4 --folder /scratch/stall
 
-Weights and two moments of so many GiB in all, sharded over the ranks, are saved three times a mode; between saves the
-device multiplies matrices, as training would. Printed: the seconds that `save` and `wait_for_staging` took, the median
-without the first (which allocates), and the time until the checkpoint was complete. On a GPU `wait_for_staging` holds
-up the device and not the CPU, so the time is taken when the device has done what comes after it.
+Weights and two moments of --gib GiB in all, sharded over the ranks, are saved three times in each mode. Between saves
+the device multiplies matrices, as training would. Printed are the median seconds that `save` and `wait_for_staging`
+took, without the first save, which allocates, and the seconds until the checkpoint was complete. On a GPU
+`wait_for_staging` stalls the device and not the CPU: the clock is read when the device has done the work after it.
 """
 
 import argparse
@@ -24,17 +24,17 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from checkpoint import CheckpointManager, ModelState
+from checkpoint import CheckpointManager, ModelState, TrainState
 from model import ModelArgs
 from resilience.process_group import init_distributed
 
-WORK_SECONDS = 1.0  # of "training" between the beginning of a save and the optimizer's step
+WORK_SECONDS = 1.0  # "training" between the start of a save and the optimizer's step
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=1.0, help="size of a checkpoint (default 1)")
-    parser.add_argument("--folder", required=True, help="where to save; what is there is deleted")
+    parser.add_argument("--folder", required=True, help="where to save; its contents are deleted")
     given = parser.parse_args()
     device = init_distributed("auto", 600)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -62,15 +62,16 @@ def main() -> None:
         if dist.get_rank() == 0:
             shutil.rmtree(given.folder, ignore_errors=True)
         manager = CheckpointManager(
-            given.folder, trained=ModelState(parameters, {}, optimizer, ModelArgs()), enable=True, interval=1,
-            async_mode=mode, keep_latest_k=1, keep_every=0, last_save_dtype=None,
+            given.folder, ModelState(parameters, {}, optimizer, ModelArgs()), enable=True, folder="", interval=1,
+            async_mode=mode, keep_latest_k=1, keep_every=0, load_step=-1, initial_load_path="",
+            initial_load_in_hf=False, exclude_from_loading=[],
         )  # fmt: skip
         stalls, wholes = [], []
         for step in range(1, 4):
             synchronize()
             dist.barrier()
             began = time.perf_counter()
-            manager.save(step)
+            manager.save(TrainState(step))
             stall = time.perf_counter() - began
             work(WORK_SECONDS)
             before = time.perf_counter()
@@ -78,9 +79,10 @@ def main() -> None:
             matrix.add_(0)  # the optimizer's step
             synchronize()
             stalls.append(stall + time.perf_counter() - before)
-            assert manager.wait()
+            manager.wait()
+            assert manager.saved_step == step
             wholes.append(time.perf_counter() - began)
-        manager.close()
+        manager.finish(TrainState(step))
         if dist.get_rank() == 0:
             name = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
             print(

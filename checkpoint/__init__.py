@@ -1,6 +1,6 @@
-"""Checkpoints that are complete or invisible, and load into any layout."""
+"""Checkpoints. A checkpoint is complete or invisible, and it loads into any layout."""
 
 from checkpoint.manager import CheckpointManager
-from checkpoint.state import ModelState
+from checkpoint.state import ModelState, TrainState
 
-__all__ = ["CheckpointManager", "ModelState"]
+__all__ = ["CheckpointManager", "ModelState", "TrainState"]

@@ -1,63 +1,79 @@
-"""When to save, what to load, which checkpoints to keep. (How one is written: storage.py; how checked: manifest.py.)
+"""Decides when to save, which checkpoints to keep and which one to load.
 
-A checkpoint is a folder `step-N`: files of torch's distributed checkpoint (DCP), which describe every tensor as a whole
-under its name and so load into any layout; `state.json` with the numbers that are not tensors; and `manifest.json` with
-the checksums of all of them. What bears that name is complete, and is never written into again.
+A checkpoint is a folder `step-N`. The folder gets this name when all its files are on the disk (writer.py):
+
+    *.distcp, .metadata   the tensors. torch's distributed checkpoint (DCP) describes each tensor as a whole, therefore
+                          a checkpoint loads into any layout
+    state.json            step, tokens and samples seen, the model's arguments (state.py)
+    manifest.json         size and SHA-256 of every other file (integrity.py)
+
+Other names: `incomplete-*` is removed by the next start, `corrupt-*` is damaged, `superseded-*` is newer than a step
+that the run went back to.
+
+Proof: tests/test_saves.py::test_keep_every_and_latest_k, tests/test_damaged_checkpoints.py::test_damaged_checkpoint,
+tests/test_train.py::test_resume_is_exact_on_the_same_layout.
 """
 
 import os
 import re
 import shutil
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from checkpoint.manifest import find_damage
-from checkpoint.safe_metadata import SafeReader
-from checkpoint.staging import Staging
-from checkpoint.state import ModelState, read_state
-from checkpoint.storage import PARTIAL, SaveFailed, free_name, write_checkpoint
+from checkpoint.integrity import SafeReader, find_damage
+from checkpoint.state import ModelState, TrainState, read_state
+from checkpoint.writer import PARTIAL, SaveFailed, Staging, free_name, write_checkpoint
+from collectives import gather_objects, on_rank0
 from errors import ConfigError
-from hf.load import load_hf
+from hf import load_hf
 
-# Of the model's arguments, those that decide how it learns and not what it computes: they may change on the way.
-TRAINING_ONLY = ("init_std", "expert_bias_speed", "balance_loss_weight", "mtp_loss_weight")
-# What weights to start from may also have otherwise; where a part is left out, sizes that only that part may have.
-NOT_WEIGHTS = (*TRAINING_ONLY, "max_seq_len", "rope_")
-NOT_SHARED = ("vocab_size", "n_layers", "n_dense_layers", "n_mtp_layers", "tie_embeddings")
+# Model arguments that may differ between a checkpoint and the run that loads it. An entry covers all names that begin
+# with it. A resumed run may change how the model learns, but not what it computes.
+IGNORED_ON_RESUME = ("init_std", "expert_bias_speed", "balance_loss_weight", "mtp_loss_weight")
+# A new run from initial_load_path may also change what no weight depends on.
+IGNORED_ON_INIT = (*IGNORED_ON_RESUME, "max_seq_len", "rope_")
+# With exclude_from_loading it may also have other tensors. The shapes of those that it loads are still compared.
+SIZES = ("vocab_size", "n_layers", "n_dense_layers", "n_mtp_layers", "tie_embeddings")
+IGNORED_WITH_EXCLUDE = (*IGNORED_ON_INIT, *SIZES)
 CORRUPT = "corrupt-"
 
 
 class CheckpointManager:
-    """Owns one run's folder of checkpoints. Every method but `wait_for_staging` is a collective.
+    """Saves and loads one run's checkpoints. Every method but `wait_for_staging` is a collective.
 
-    failed_saves   how many saves failed; the run goes on, and the next interval tries again
+    saved_step     step of the newest checkpoint that is complete; None before the first save
+    failed_saves   number of failed saves; the run continues after each, and the next interval tries again
     """
 
     def __init__(
         self,
-        folder: str,
+        dump_folder: str,
+        model_state: ModelState,
         *,
-        trained: ModelState,
         enable: bool,
+        folder: str,
         interval: int,
         async_mode: str,
         keep_latest_k: int,
         keep_every: int,
-        last_save_dtype: torch.dtype | None,
+        load_step: int,
+        initial_load_path: str,
+        initial_load_in_hf: bool,
+        exclude_from_loading: list[str],
     ):
-        """async_mode: as in config.py. last_save_dtype: the last save holds the weights alone, in this; None: all."""
-        self.folder, self.trained = folder, trained
-        self.enable, self.interval, self.last_save_dtype = enable, interval, last_save_dtype
+        """The keywords are the options of [checkpoint]; config.py explains them."""
+        self.folder, self.model_state = os.path.join(dump_folder, folder), model_state
+        self.enable, self.interval = enable, interval
         self.keep_latest_k, self.keep_every = keep_latest_k, keep_every
-        self.saved_step, self.failed_saves = None, 0
+        self.load_step, self.initial_load_path = load_step, initial_load_path
+        self.initial_load_in_hf, self.exclude_from_loading = initial_load_in_hf, exclude_from_loading
+        self.saved_step, self.failed_saves, self.is_run_complete = None, 0, False
         self.group = self.staging = self.thread = None
-        self.pending: tuple[int, Future] | None = None
+        self.pending: Future | None = None
         if enable:
-            # Tensors on the CPU, and beside training's own communication: a group that only saving uses.
+            # The thread's collectives must not mix with those of training, so they have a group to themselves.
             self.group = dist.new_group(backend="gloo")
         if enable and async_mode != "disabled":
             self.staging = Staging(pinned=async_mode == "async_with_pinned_mem")
@@ -65,71 +81,72 @@ class CheckpointManager:
 
     # --------------------------------------------------------------------------------------------- save
 
-    def maybe_save(self, step: int, *, is_last: bool, **numbers) -> None:
-        """Saves at every interval and at the last step; numbers go to state.json and come back from `load`."""
-        if self.enable and (is_last or step % self.interval == 0):
-            self.save(step, is_last=is_last, **numbers)
+    def maybe_save(self, state: TrainState, *, is_last: bool) -> None:
+        """Saves at every interval and at the run's last step."""
+        self.is_run_complete = is_last
+        if self.enable and (is_last or state.step % self.interval == 0):
+            self.save(state)
 
-    def save(self, step: int, *, is_last: bool = False, **numbers) -> bool:
-        """Saves, or begins to (after an earlier one is done): `wait_for_staging` before changing any weight. False if
-        the save is known to have failed."""
+    def save(self, state: TrainState) -> None:
+        """Waits for the save before, then saves or starts to. Call `wait_for_staging` before changing a weight."""
         self.wait()
-        if step == self.saved_step:
-            return True
-        weights_only = is_last and self.last_save_dtype is not None
-        state = dict(step=step, weights_only=weights_only, model_args=dict(vars(self.trained.model_args)), **numbers)
-        tensors = self.trained.exported_tensors(self.last_save_dtype) if weights_only else self.trained.tensors()
+        if state.step == self.saved_step:
+            return
+        tensors = self.model_state.tensors()
+        # weights_only: an earlier version could leave the optimizer's state out.
+        numbers = dict(vars(state), weights_only=False, model_args=dict(vars(self.model_state.model_args)))
         if self.staging is None:
-            return self._write(step, tensors, state)
-        copies, copied = self.staging.copy(tensors)
+            self._write(tensors, numbers)
+            return
+        copies, wait_until_copied = self.staging.copy(tensors)
 
-        def write() -> bool:
-            copied()
-            return self._write(step, copies, state)
+        def write() -> None:
+            wait_until_copied()
+            self._write(copies, numbers)
 
-        self.pending = step, self.thread.submit(write)
-        return True
+        self.pending = self.thread.submit(write)
 
     def wait_for_staging(self) -> None:
-        """Call before the optimizer's step: weights must not change while they are copied."""
+        """Call this before the optimizer's step: the weights must not change while they are copied."""
         if self.staging is not None:
             self.staging.wait()
 
-    def wait(self) -> bool:
-        """Until what was begun is done: whether all that was asked for since the last call is saved."""
-        if self.pending is None:
-            return True
-        (_, future), self.pending = self.pending, None
-        return future.result()
+    def wait(self) -> None:
+        """Waits for the pending save, if there is one."""
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
 
-    def close(self) -> None:
-        """Waits for the last save."""
+    def finish(self, state: TrainState) -> bool | None:
+        """Ends saving and returns whether the run's last step is on the disk; None if checkpoints are disabled. Saves a
+        run that was asked to stop before its last step. The save of a complete run is not tried a second time."""
+        if not self.enable:
+            return None
+        if not self.is_run_complete:
+            self.save(state)
         self.wait()
         if self.thread is not None:
             self.thread.shutdown()
+        return self.saved_step == state.step
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: dict) -> bool:
-        is_first = dist.get_rank() == 0
+    def _write(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+        step = numbers["step"]
         try:
-            write_checkpoint(self.folder, f"step-{step}", tensors, state, self.group)
+            write_checkpoint(self.folder, f"step-{step}", tensors, numbers, self.group)
         except SaveFailed as failure:
             self.failed_saves += 1
-            if is_first:
-                print(
-                    f"WARNING: step {step} was NOT saved ({failure}); the run goes on, and tries again at the next "
-                    f"interval. Saves that failed so far: {self.failed_saves}.",
-                    flush=True,
-                )
-            return False
+            _log(
+                f"WARNING: step {step} was NOT saved ({failure}); the run goes on, and tries again at the next "
+                f"interval. Saves that failed so far: {self.failed_saves}."
+            )
+            return
         self.saved_step = step
-        if is_first:
-            print(f"saved {self._path(step)}", flush=True)
+        _log(f"saved {self._path(step)}")
+        if dist.get_rank() == 0:
             self._delete_old()
-        return True
 
     def _delete_old(self) -> None:
-        steps = self._listed_steps()
-        old = steps[: -self.keep_latest_k] if self.keep_latest_k > 0 else []
+        old = self._steps()[: -self.keep_latest_k] if self.keep_latest_k > 0 else []
         try:
             for step in old:
                 if self.keep_every == 0 or step % self.keep_every:
@@ -142,72 +159,69 @@ class CheckpointManager:
 
     # --------------------------------------------------------------------------------------------- load
 
-    def load(
-        self, load_step: int, initial_load_path: str, initial_load_in_hf: bool, exclude: Sequence[str] = ()
-    ) -> dict | None:
-        """Resumes from load_step, or from the newest intact checkpoint if it is -1, and returns its state.json. If
-        there is none, reads just the weights of initial_load_path, if given, and returns None; that is a checkpoint's
-        folder, or with initial_load_in_hf a Hugging Face one, and of it all but what is named in `exclude`, each a
-        parameter's name or the beginning of some.
+    def load(self, state: TrainState) -> None:
+        """Resumes from load_step or, if that is -1, from the newest intact checkpoint, and sets the numbers of `state`.
+        If there is no checkpoint, loads the weights of initial_load_path, if given, and `state` stays as it is.
 
-        ValueError when load_step is not there or damaged, when no checkpoint is intact but there were some, or when one
-        does not hold this model: never a fresh start instead.
+        ConfigError if load_step is missing or damaged, if all checkpoints are damaged, or if a checkpoint is of another
+        model. The run never starts anew instead.
         """
-        step = self._step_to_resume(load_step) if self.enable else None
-        if step is None:
-            if initial_load_path:
-                self._load_weights(initial_load_path, initial_load_in_hf, exclude)
-            return None
-        path = self._path(step)
-        reader, state = SafeReader(path), read_state(path)
-        if state["weights_only"]:
-            raise ConfigError(
-                f"{path} holds the weights alone (checkpoint.last_save_model_only): a run cannot go on from it; give "
-                "an earlier --checkpoint.load_step, or begin another with --checkpoint.initial_load_path."
-            )
-        slots = self.trained.empty_optimizer_slots(reader)
-        self.trained.read(reader, self.trained.model_tensors() | slots, free=TRAINING_ONLY, group=self.group)
-        self.trained.load_optimizer(slots)
-        self._set_aside([s for s in self._everywhere(self._listed_steps) if s > step], "superseded-", "is newer")
-        self.saved_step = step
-        return state
+        step = self._step_to_resume() if self.enable else None
+        if step is not None:
+            self._resume(step, state)
+        elif self.initial_load_path:
+            self._load_initial_weights(self.initial_load_path)
 
-    def _step_to_resume(self, load_step: int) -> int | None:
-        """load_step, or the newest step whose checkpoint is intact; damaged ones are renamed on the way."""
-        self._everywhere(self._remove_partial)
-        steps = self._everywhere(self._listed_steps)
-        if load_step >= 0:
-            if load_step not in steps:
-                raise ConfigError(
-                    f"checkpoint.load_step {load_step}: there is no {self._path(load_step)}; complete ones: {steps}."
-                )
-            damage = self._damage(self._path(load_step))
+    def _resume(self, step: int, state: TrainState) -> None:
+        path = self._path(step)
+        saved = read_state(path)
+        if saved.get("weights_only"):
+            raise ConfigError(
+                f"{path} holds the weights alone (checkpoint.last_save_model_only of an earlier version): a run cannot "
+                "resume from it; give an earlier --checkpoint.load_step, or start a new run from it with "
+                "--checkpoint.initial_load_path."
+            )
+        self.model_state.load(SafeReader(path), ignored_args=IGNORED_ON_RESUME, group=self.group)
+        newer = [other for other in on_rank0(self._steps, self.group) if other > step]
+        self._set_aside(newer, "superseded-", "is newer")
+        self.saved_step = state.step = step
+        state.tokens_seen, state.samples_consumed = saved["tokens_seen"], saved["samples_consumed"]
+        _log(f"resumed at step {step} ({state.tokens_seen:,} tokens seen)")
+        if saved["data_fingerprint"] != state.data_fingerprint:
+            _log("warning: data, tokenizer, seed or seq_len is not that checkpoint's; samples go on in the new order")
+
+    def _step_to_resume(self) -> int | None:
+        """Returns load_step or the newest step with an intact checkpoint. Renames damaged checkpoints that it meets."""
+        on_rank0(self._remove_partial, self.group)
+        steps = on_rank0(self._steps, self.group)
+        if self.load_step >= 0:
+            path = self._path(self.load_step)
+            is_there = self.load_step in steps
+            damage = self._damage(path) if is_there else f"there is no such checkpoint; complete ones: {steps}"
             if damage:
-                raise ConfigError(f"checkpoint.load_step {load_step}: {self._path(load_step)}: {damage}.")
-            return load_step
+                raise ConfigError(f"checkpoint.load_step {self.load_step}: {path}: {damage}.")
+            return self.load_step
         for step in reversed(steps):
             damage = self._damage(self._path(step))
             if damage is None:
                 return step
             self._set_aside([step], CORRUPT, f"is not used, {damage}")
-        set_aside = self._everywhere(lambda: [n for n in self._names() if n.startswith(CORRUPT)])
-        if set_aside:
+        corrupt = on_rank0(lambda: sorted(name for name in self._names() if name.startswith(CORRUPT)), self.group)
+        if corrupt:
             raise ConfigError(
-                f"{self.folder} has no intact checkpoint, but damaged ones: {', '.join(sorted(set_aside))}; to begin "
-                "from step 0, move them away or give another job.dump_folder."
+                f"{self.folder} has no intact checkpoint, but damaged ones: {', '.join(corrupt)}; to begin from step "
+                "0, move them away or give another job.dump_folder."
             )
         return None
 
     def _damage(self, path: str) -> str | None:
-        """Why a checkpoint cannot be used, on any rank; each looks at some of the files."""
-        everywhere = [None] * dist.get_world_size()
+        """Returns why a checkpoint cannot be used, as found by any rank. Each rank hashes some of the files."""
         damage = find_damage(path, dist.get_rank(), dist.get_world_size())
-        dist.all_gather_object(everywhere, damage, group=self.group)
-        return next((found for found in everywhere if found), None) or self._everywhere(lambda: _unreadable(path))
+        found = [damage for damage in gather_objects(damage, self.group) if damage]
+        return found[0] if found else on_rank0(lambda: _why_unreadable(path), self.group)
 
     def _set_aside(self, steps: list[int], prefix: str, why: str) -> None:
-        """Renames checkpoints so that no later start takes them up: damaged ones, and after going back to an older step
-        the newer ones, which belong to another history. They are never deleted."""
+        """Renames checkpoints so that no later start resumes from them. They are never deleted."""
 
         def rename() -> None:
             for step in steps:
@@ -215,7 +229,7 @@ class CheckpointManager:
                 os.rename(self._path(step), aside)
                 print(f"warning: checkpoint of step {step} {why}; it was renamed {aside}", flush=True)
 
-        self._everywhere(rename)
+        on_rank0(rename, self.group)
 
     def _remove_partial(self) -> None:
         for name in self._names():
@@ -223,27 +237,27 @@ class CheckpointManager:
                 print(f"removing {os.path.join(self.folder, name)}, whose run ended while it was written", flush=True)
                 shutil.rmtree(os.path.join(self.folder, name))
 
-    def _load_weights(self, path: str, is_hf: bool, exclude: Sequence[str]) -> None:
-        tensors = {name.removeprefix("model."): t for name, t in self.trained.model_tensors().items()}
-        everywhere = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, list(tensors), group=self.group)  # a pipeline stage has only some
-        names = {name for of_rank in everywhere for name in of_rank}
-        for start in exclude:
-            if not any(_begins(name, start) for name in names):
+    def _load_initial_weights(self, path: str) -> None:
+        tensors = {name.removeprefix("model."): t for name, t in self.model_state.model_tensors().items()}
+        # A pipeline stage has only some of the names.
+        names = {name for names in gather_objects(list(tensors), self.group) for name in names}
+        for prefix in self.exclude_from_loading:
+            if not any(f"{name}.".startswith(f"{prefix}.") for name in names):
                 raise ConfigError(
-                    f'checkpoint.exclude_from_loading: the model has no parameter that is, or begins with, "{start}"; '
-                    "they are called layers.0.attention.wq.weight and so on."
+                    f'checkpoint.exclude_from_loading: the model has no parameter that is, or begins with, "{prefix}"; '
+                    "parameters have names such as layers.0.attention.wq.weight."
                 )
-        tensors = {name: t for name, t in tensors.items() if not any(_begins(name, start) for start in exclude)}
-        if is_hf:
-            load_hf(path, tensors, self.trained.model_args)
+        excluded = tuple(f"{prefix}." for prefix in self.exclude_from_loading)
+        tensors = {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(excluded)}
+        if self.initial_load_in_hf:
+            load_hf(path, tensors, self.model_state.model_args)
             return
         damage = self._damage(path)
         if damage:
             raise ConfigError(f"{path} is not a complete checkpoint: {damage}.")
         tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
-        free = (*NOT_WEIGHTS, *NOT_SHARED) if exclude else NOT_WEIGHTS
-        self.trained.read(SafeReader(path), tensors, free=free, may_cast=True, group=self.group)
+        ignored = IGNORED_WITH_EXCLUDE if excluded else IGNORED_ON_INIT
+        self.model_state.load_tensors(SafeReader(path), tensors, ignored_args=ignored, may_cast=True, group=self.group)
 
     # --------------------------------------------------------------------------------------------- names
 
@@ -253,34 +267,21 @@ class CheckpointManager:
     def _names(self) -> list[str]:
         return os.listdir(self.folder) if os.path.isdir(self.folder) else []
 
-    def _listed_steps(self) -> list[int]:
-        """Steps of the checkpoints, ascending."""
+    def _steps(self) -> list[int]:
+        """The steps of the checkpoints in the folder, ascending."""
         return sorted(int(m[1]) for m in (re.fullmatch(r"step-(\d+)", name) for name in self._names()) if m)
 
-    def _everywhere(self, do):
-        """What `do` returns on rank 0, on all ranks: they must not each look at a folder that changes. An error of the
-        file system is raised on all of them."""
-        result = [None, None]
-        if dist.get_rank() == 0:
-            try:
-                result[0] = do()
-            except OSError as error:
-                result[1] = f"{error.filename}: {error.strerror}."
-        dist.broadcast_object_list(result, group=self.group)
-        if result[1]:
-            raise ConfigError(result[1])
-        return result[0]
 
-
-def _unreadable(path: str) -> str | None:
-    """Why what was written, as it was written, is no checkpoint."""
+def _why_unreadable(path: str) -> str | None:
+    """Returns why a folder whose files are as they were written is still not a checkpoint, or None."""
     try:
         SafeReader(path).read_metadata()
         read_state(path)
-    except ValueError as error:
+    except ConfigError as error:
         return str(error).rstrip(".")
     return None
 
 
-def _begins(name: str, start: str) -> bool:
-    return name == start or name.startswith(f"{start}.")
+def _log(line: str) -> None:
+    if dist.get_rank() == 0:
+        print(line, flush=True)

@@ -1,28 +1,66 @@
-"""What of a run is saved: tensors by name, and how they are filled again, in any layout, from a checkpoint's folder.
+"""The state of a run: numbers, and tensors by name. Loading fills the tensors in place, in any layout.
 
-Names: `model.{parameter or buffer}` and `optimizer.{parameter}.{slot}`. The optimizer's hyperparameters and the
-learning rate's schedule are not stored: they are the configuration's, and a changed one must take effect.
+A checkpoint's tensors have names such as `model.norm.weight` and `optimizer.norm.weight.exp_avg`. Hyperparameters and
+the learning rate schedule are not stored: they come from the configuration, so that a change takes effect on resume.
+
+Proof: tests/test_train.py::test_resume_in_any_layout, tests/test_saves.py::test_checkpoint_of_first_format_loads.
 """
 
-import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from checkpoint.manifest import STATE
-from checkpoint.safe_metadata import SafeReader
+from checkpoint.integrity import STATE, SafeReader
 from errors import ConfigError
+from files import read_json
 from model.args import ModelArgs
 from parallelize.float8 import as_plain
+
+# Names of ModelArgs in the first format of state.json -> names of today, which are those of papers and other projects.
+RENAMED_ARGS = {
+    "ffn_dim": "hidden_dim",
+    "moe_ffn_dim": "moe_hidden_dim",
+    "n_experts_per_token": "top_k",
+    "n_limited_groups": "topk_group",
+    "n_group_top": "n_group_topk",
+    "score_scale": "route_scale",
+    "normalize_scores": "route_norm",
+}
+
+
+@dataclass
+class TrainState:
+    """The progress of a run, in numbers.
+
+    step               optimizer steps done, skipped steps included
+    tokens_seen        tokens of these steps, over all ranks
+    samples_consumed   sequences of these steps, over all ranks: the position in the data
+    data_fingerprint   text that identifies the order of the samples: data, tokenizer, seed, seq_len, packing
+    """
+
+    step: int = 0
+    tokens_seen: int = 0
+    samples_consumed: int = 0
+    data_fingerprint: str = ""
+
+    def advance(self, *, sequences: int, tokens: int) -> None:
+        """Counts one step of so many sequences and tokens, over all ranks."""
+        self.step += 1
+        self.samples_consumed += sequences
+        self.tokens_seen += tokens
 
 
 @dataclass
 class ModelState:
-    """This rank's parameters, by name (a pipeline stage has only some, a tied one counts once), what else was learned
-    (buffers), and the optimizer's state."""
+    """The tensors of a run, on this rank.
+
+    parameters   by name; a pipeline stage has only some of them, and a tied weight counts once
+    buffers      by name: what is learned without a gradient, such as the expert biases
+    """
 
     parameters: dict[str, nn.Parameter]
     buffers: dict[str, Tensor]
@@ -30,44 +68,41 @@ class ModelState:
     model_args: ModelArgs
 
     def model_tensors(self) -> dict[str, Tensor]:
-        """Parameters and buffers by name. Detached, but the same memory: loading writes into the model."""
+        """Parameters and buffers by name. They are detached but share the memory: loading writes into the model."""
         parameters = {f"model.{name}": as_plain(parameter) for name, parameter in self.parameters.items()}
         return parameters | {f"model.{name}": buffer for name, buffer in self.buffers.items()}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state by the name of its parameter, whatever group or order that is in."""
-        return {
-            f"optimizer.{name}.{slot}": tensor
-            for name, parameter in self.parameters.items()
-            for slot, tensor in self.optimizer.state.get(parameter, {}).items()
-        }
-
     def tensors(self) -> dict[str, Tensor]:
-        return self.model_tensors() | self.optimizer_tensors()
-
-    def exported_tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights in dtype; what is no parameter (the experts' bias) keeps its own."""
-        return {
-            name: tensor if name.removeprefix("model.") in self.buffers else tensor.detach().to(dtype)
-            for name, tensor in self.model_tensors().items()
+        """The tensors of model and optimizer by name."""
+        optimizer_tensors = {
+            f"optimizer.{name}.{key}": tensor
+            for name, parameter in self.parameters.items()
+            for key, tensor in self.optimizer.state.get(parameter, {}).items()
         }
+        return self.model_tensors() | optimizer_tensors
 
-    def read(
-        self,
-        reader: SafeReader,
-        tensors: dict[str, Tensor],
-        *,
-        free: tuple[str, ...],
-        may_cast: bool = False,
-        group=None,
-    ) -> None:
-        """Fills tensors, in place, from a checkpoint. The model's shape must be the same but for arguments that begin
-        with one of `free`. A collective; ValueError, before anything is read, for what does not fit."""
+    def load(self, reader: SafeReader, *, ignored_args: tuple[str, ...], group) -> None:
+        """Fills model and optimizer from a checkpoint. Conditions and errors: `load_tensors`."""
+        stored = reader.read_metadata().state_dict_metadata
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        prefixes = [f"optimizer.{names[parameter]}." for parameter in parameters]
+        states = [_empty_state(stored, *each) for each in zip(prefixes, parameters, strict=True)]
+        tensors = {prefix + key: t for prefix, state in zip(prefixes, states, strict=True) for key, t in state.items()}
+        self.load_tensors(reader, self.model_tensors() | tensors, ignored_args=ignored_args, group=group)
+        # Not by assignment: load_state_dict moves scalars to the device where the fused kernel needs them.
+        param_groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": param_groups})
+
+    def load_tensors(self, reader: SafeReader, tensors: dict, *, ignored_args, group, may_cast: bool = False) -> None:
+        """Fills tensors (by name) in place from a checkpoint. A collective. ConfigError, before anything is read, if a
+        model argument differs that does not begin with one of ignored_args, if a tensor is missing or has another
+        shape, and, unless may_cast, if it has another dtype."""
         path, stored, ours = reader.folder, reader.read_metadata().state_dict_metadata, vars(self.model_args)
         differ = [
             f"{name} is {value} there, {ours.get(name)} here"
             for name, value in read_state(path)["model_args"].items()
-            if ours.get(name) != value and not name.startswith(free)
+            if ours.get(name) != value and not name.startswith(ignored_args)
         ]
         if differ:
             raise ConfigError(f"{path} is a checkpoint of another model: {'; '.join(differ)}.")
@@ -76,50 +111,33 @@ class ModelState:
                 raise ConfigError(f"{path} is a checkpoint of another model: it has no {name}.")
             if stored[name].size != tensor.shape:
                 raise ConfigError(f"{path}: {name} is {list(stored[name].size)} there, {list(tensor.shape)} here.")
-            # DCP would cast in silence.
+            # DCP would cast without a warning.
             if stored[name].properties.dtype != tensor.dtype and not may_cast:
                 raise ConfigError(
                     f"{path}: {name} is stored as {stored[name].properties.dtype}, this run has {tensor.dtype}; "
-                    "set training.dtype to what it was trained in."
+                    "set training.dtype to the dtype that the checkpoint was trained in."
                 )
         dcp.load(tensors, storage_reader=reader, process_group=group)
 
-    def empty_optimizer_slots(self, reader: SafeReader) -> dict[str, Tensor]:
-        """Empty tensors for every optimizer state that the checkpoint holds, laid out as the parameters are."""
-        stored, slots = reader.read_metadata().state_dict_metadata, {}
-        for name, parameter in self.parameters.items():
-            prefix = f"optimizer.{name}."
-            for key, meta in stored.items():
-                if key.startswith(prefix):
-                    dtype = meta.properties.dtype
-                    like_parameter = meta.size == parameter.shape
-                    slots[key] = (
-                        torch.empty_like(as_plain(parameter), dtype=dtype)
-                        if like_parameter
-                        else torch.empty(meta.size, dtype=dtype)
-                    )
-        return slots
 
-    def load_optimizer(self, slots: dict[str, Tensor]) -> None:
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
-        state = {}
-        for index, parameter in enumerate(ordered):
-            prefix = f"optimizer.{names[parameter]}."
-            state[index] = {k.removeprefix(prefix): t for k, t in slots.items() if k.startswith(prefix)}
-        # Through torch's own method, which moves scalars to where the fused kernel wants them.
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+def _empty_state(stored: dict, prefix: str, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Empty tensors for one parameter's optimizer state, as stored. Tensors of the parameter's shape get its layout."""
+    state = {}
+    for name, meta in stored.items():
+        if name.startswith(prefix):
+            like, dtype = meta.size == parameter.shape, meta.properties.dtype
+            empty = torch.empty_like(as_plain(parameter), dtype=dtype) if like else torch.empty(meta.size, dtype=dtype)
+            state[name.removeprefix(prefix)] = empty
+    return state
 
 
-def read_state(path: str) -> dict:
-    """A checkpoint's state.json."""
-    try:
-        with open(os.path.join(path, STATE), encoding="utf-8") as file:
-            state = json.load(file)
-    except OSError as error:
-        raise ConfigError(f"{path} is not a complete checkpoint: {STATE}: {error.strerror}.") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: its {STATE} is not valid JSON: {error}.") from None
+def read_state(path: str) -> dict[str, Any]:
+    """Reads a checkpoint's state.json, of any format, with today's names: the fields of TrainState, `model_args`, and
+    `weights_only`, which is true where the checkpoint has no optimizer state. ConfigError if it cannot be read."""
+    state = read_json(os.path.join(path, STATE))
     if not isinstance(state, dict) or not isinstance(state.get("model_args"), dict):
         raise ConfigError(f"{path}: its {STATE} does not describe a model.")
+    state["model_args"] = {RENAMED_ARGS.get(name, name): value for name, value in state["model_args"].items()}
+    if "order_of_data" in state:  # the first format's name
+        state["data_fingerprint"] = state.pop("order_of_data")
     return state

@@ -1,6 +1,10 @@
-"""Samples: windows of token streams, where sample i is a pure function of (data, seed, i)."""
+"""Samples: windows of token streams. Sample i is a pure function of (data, seed, i), in any process, in any order.
 
-from collections.abc import Sequence
+Proof: tests/test_samples.py::test_samples_are_the_same_in_any_process,
+tests/test_mixtures.py::test_epoch_reads_each_window_once.
+"""
+
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from math import isqrt
 
@@ -8,31 +12,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.mixture import Mixture
+from data.mixture import DatasetMixture
 from data.shards import Corpus
 from errors import ConfigError
+from model import IGNORE_INDEX
 
-IGNORED = -100  # the label of a position that has nothing to predict
-ROUNDS = 12  # 6 mix a large n well; with 12, all orders of 6 windows come equally often too
+ROUNDS = 12  # 6 rounds mix a large n well; 12 also make all orders of a few windows equally frequent
 
 
 class TokenDataset(Dataset):
-    """Sample i, for any i >= 0, of one corpus or a mixture: the same in any process, whatever was read before.
+    """Sample i, for any i >= 0, of one corpus or of a mixture. len() is the number of samples in an epoch.
 
-    A window is seq_len + 1 ids, of which the last is also the first of the next window: every id of a stream (but a
-    rest shorter than seq_len) is a label once an epoch. Epoch i // n of a corpus visits its n windows in its own order.
-    In a mixture each corpus gets its weight's part of the samples, and goes through its epochs at its own pace.
+    A window is seq_len + 1 token ids. Its last id is the first id of the next window, so that every id of a stream is a
+    label once an epoch, except the first id and a remainder shorter than seq_len. Epoch i // n of a corpus visits its n
+    windows in a new order. A mixture draws from each corpus by weight, and each corpus passes through its epochs at its
+    own pace. weights None: by number of windows.
 
-    packing is what a window makes of the documents, or parts of some, that lie in it. "concat": one sequence,
-    in which later documents attend to earlier ones. "documents": sequences of their own, side by side.
+    packing says how documents in the same window see each other. "concat": they are one sequence, so later documents
+    attend to earlier ones. "documents": each document is a sequence by itself.
 
-    held_out of the windows are no samples: the same ones whatever the seed, from all over the streams, by weight. They
-    are read by held_out_sample(j) for 0 <= j < held_out; none of their labels is a sample's label.
+    num_held_out windows are held out for validation and are never samples; held_out() gives them. They are the same for
+    every seed, are spread over all streams by weight, and share no label with a sample.
 
-    fingerprint is a hash of the streams and weights: a run that resumes with another one reads other data. len() is the
-    number of windows that are samples.
+    fingerprint names the samples and their order: a run that resumes with a different fingerprint reads different data.
+    corpus_fingerprint is the part that names the token ids and the weights.
 
-    Raises ValueError when a stream is too short for one window, or half of it would be held out.
+    Raises ConfigError if a stream is shorter than a window, or if more than half of its windows would be held out.
     """
 
     def __init__(
@@ -42,79 +47,104 @@ class TokenDataset(Dataset):
         seq_len: int,
         seed: int,
         packing: str = "concat",
-        held_out: int = 0,
+        num_held_out: int = 0,
         weights: Sequence[float] | None = None,
     ) -> None:
-        """weights None: by their number of windows."""
         self.corpora, self.seq_len, self.seed, self.packing = corpora, seq_len, seed, packing
-        self.windows = [(corpus.num_tokens - 1) // seq_len for corpus in corpora]
-        for corpus, windows in zip(corpora, self.windows, strict=True):
+        # Of each corpus: windows, and windows that are held out.
+        self.num_windows = [(corpus.num_tokens - 1) // seq_len for corpus in corpora]
+        for corpus, windows in zip(corpora, self.num_windows, strict=True):
             if windows < 1:
                 raise ConfigError(
                     f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
                     f"{corpus.num_tokens}; use at most {corpus.num_tokens - 1}, or more data."
                 )
-        weights = list(self.windows if weights is None else weights)
-        self.mixture = Mixture(weights, seed)
-        self.held_out_mixture = Mixture(weights, 0)
-        self.held_out = [self.held_out_mixture.count(c, held_out) for c in range(len(corpora))]
-        for windows, apart in zip(self.windows, self.held_out, strict=True):
-            if apart > windows // 2:
+        weights = list(self.num_windows if weights is None else weights)
+        self.mixture = DatasetMixture(weights, seed)
+        self.held_out_mixture = DatasetMixture(weights, seed=0)
+        self.num_held_out = [self.held_out_mixture.count(c, num_held_out) for c in range(len(corpora))]
+        for windows, held_out in zip(self.num_windows, self.num_held_out, strict=True):
+            if held_out > windows // 2:
                 raise ConfigError(
-                    f"validation.samples ({apart}) would hold out more than half of the data, which has {windows} "
-                    f"sequences of {seq_len} tokens; use at most {windows // 2}, or more data."
+                    f"validation.num_sequences ({held_out}) would hold out more than half of the data, which has "
+                    f"{windows} sequences of {seq_len} tokens; use at most {windows // 2}, or more data."
                 )
-        self.fingerprint = corpora[0].fingerprint
+        self.corpus_fingerprint = corpora[0].fingerprint
         if len(corpora) > 1:
             parts = [(corpus.fingerprint, weight) for corpus, weight in zip(corpora, weights, strict=True)]
-            self.fingerprint = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+            self.corpus_fingerprint = blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+        # Checkpoints keep this text: if its form changes, every resumed run warns that its data has changed.
+        self.fingerprint = f"{self.corpus_fingerprint} seed {seed} seq_len {seq_len} {packing}"
+        if num_held_out:
+            self.fingerprint += f" held out {num_held_out}"
 
     def __len__(self) -> int:
-        return sum(self.windows) - sum(self.held_out)
+        return sum(self.num_windows) - sum(self.num_held_out)
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """tokens, labels and positions of sample i, each [seq_len] int64.
 
-        labels[t] is the token behind tokens[t], or -100 where tokens[t] is eos: what follows is another
-        document, so there is nothing to learn. positions count the window from 0; with packing "documents" they
-        count each document from 0, and documents [seq_len] int64 is its number in the window.
+        labels[t] is the token after tokens[t]. It is IGNORE_INDEX where tokens[t] is eos, because a new document
+        follows and there is nothing to learn. positions count the window's tokens from 0. With packing "documents",
+        positions count each document's tokens from 0, and documents [seq_len] int64 is each token's document: 0, 1, ...
         """
         corpus, i = (0, i) if len(self.corpora) == 1 else self.mixture(i)
-        num_samples = self.windows[corpus] - self.held_out[corpus]
+        num_samples = self.num_windows[corpus] - self.num_held_out[corpus]
         epoch, place = divmod(i, num_samples)
         return self._sample(corpus, permute(place, num_samples, self.seed, epoch))
 
-    def held_out_sample(self, j: int) -> dict[str, Tensor]:
+    def held_out(self) -> "FixedSamples":
+        """The held-out samples."""
+        return FixedSamples(self._held_out_sample, sum(self.num_held_out), self.fingerprint)
+
+    def first(self, num_samples: int) -> "FixedSamples":
+        """Samples 0 to num_samples - 1."""
+        return FixedSamples(self.__getitem__, num_samples, self.fingerprint)
+
+    def _held_out_sample(self, j: int) -> dict[str, Tensor]:
         corpus, j = self.held_out_mixture(j)
-        return self._sample(corpus, self.windows[corpus] - self.held_out[corpus] + j)
+        return self._sample(corpus, self.num_windows[corpus] - self.num_held_out[corpus] + j)
 
     def _sample(self, corpus: int, place: int) -> dict[str, Tensor]:
-        if self.held_out[corpus]:  # the windows that this order, the same for every seed, puts last
-            place = permute(place, self.windows[corpus], seed=0, epoch=-1)
+        if self.num_held_out[corpus]:  # held-out windows are the last ones of an order that is the same for every seed
+            place = permute(place, self.num_windows[corpus], seed=0, epoch=-1)
         ids = self.corpora[corpus].read(place * self.seq_len, self.seq_len + 1)
         window = torch.from_numpy(ids.astype("int64"))
         tokens, labels = window[:-1], window[1:]
         is_end = tokens == self.corpora[corpus].eos_id
         sample = {
             "tokens": tokens,
-            "labels": labels.masked_fill(is_end, IGNORED),
+            "labels": labels.masked_fill(is_end, IGNORE_INDEX),
             "positions": torch.arange(self.seq_len),
         }
         if self.packing == "documents":
-            documents = is_end.cumsum(0) - is_end.long()  # ends before each token
+            documents = is_end.cumsum(0) - is_end.long()  # the number of ends before each token
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), is_end.nonzero()[:, 0] + 1])
             sample["positions"] = sample["positions"] - starts[documents]
             sample["documents"] = documents
         return sample
 
 
-def permute(i: int, n: int, seed: int, epoch: int) -> int:
-    """Where i goes in epoch's permutation of range(n): a bijection, in O(1) time and memory.
+class FixedSamples(Dataset):
+    """num_samples samples, [j] = sample(j). fingerprint is that of the TokenDataset from which they come."""
 
-    A Feistel network (each round adds a keyed hash of one half to the other, which can be undone, so it is a
-    bijection) on the pairs (left, right) of a grid of rows x columns >= n; a result outside range(n) goes
-    through it again ("cycle walking", Black and Rogaway 2002), at most a few times, as the grid has fewer
-    than rows cells too many.
+    def __init__(self, sample: Callable[[int], dict[str, Tensor]], num_samples: int, fingerprint: str) -> None:
+        self.sample, self.num_samples, self.fingerprint = sample, num_samples, fingerprint
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, j: int) -> dict[str, Tensor]:
+        return self.sample(j)
+
+
+def permute(i: int, n: int, seed: int, epoch: int) -> int:
+    """The place of i in an epoch's permutation of range(n), in O(1) time and memory.
+
+    A Feistel network on the pairs (left, right) of a grid of rows x columns >= n cells. Each round adds a keyed hash of
+    one half to the other half. A round can be undone, so the network is a bijection of the grid. A result outside of
+    range(n) goes through the network again ("cycle walking", Black and Rogaway 2002). This happens a few times at most:
+    the grid has fewer than `rows` surplus cells.
     """
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)

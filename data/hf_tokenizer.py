@@ -1,6 +1,8 @@
-"""A Hugging Face folder's tokenizer.json as a Tokenizer, by their library (`tokenizers`, an optional one)."""
+"""A Hugging Face folder's tokenizer.json as a Tokenizer, by their `tokenizers` library (optional).
 
-import json
+Proof: tests/test_tokenizer.py::test_tokenizer_json_round_trips.
+"""
+
 import os
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -11,11 +13,14 @@ import numpy as np
 
 from data.tokenizer import Tokenizer, without_surrogates
 from errors import ConfigError
+from files import read_json
 
 
 class HFTokenizer(Tokenizer):
-    """Which of its tokens begin and end a document, tokenizer_config.json beside it says; templates are not used, and
-    the name of a special token in a text is text like any other. ValueError for what is missing or torn."""
+    """A tokenizer.json. The tokenizer_config.json beside it names bos and eos.
+
+    Templates are not used, and the name of a special token in a text is ordinary text. Raises ConfigError if a file or
+    the library is missing, or a file is incomplete."""
 
     def __init__(self, name: str, file: Path) -> None:
         try:
@@ -30,19 +35,15 @@ class HFTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
         except OSError as error:
             raise ConfigError(f"tokenizer {file} cannot be read: {error.strerror}.") from None
-        except Exception:  # their own kind, which is Exception itself
-            raise ConfigError(f"tokenizer {file}: not such a file, or not a whole one.") from None
+        except Exception:  # the library raises the class Exception itself
+            raise ConfigError(f"tokenizer {file}: not a tokenizer.json, or not a complete one.") from None
         try:
-            config = json.loads(beside.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"{beside}, which says what begins and ends a document, cannot be read: {error.strerror}."
-            ) from None
-        except ValueError:
-            raise ConfigError(f"{beside} is not JSON.") from None
+            config = read_json(beside)
+        except ConfigError as error:
+            raise ConfigError(f"{error} It names the tokens that begin and end a document.") from None
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._tokenizer.encode_special_tokens = True  # as text
+        self._tokenizer.encode_special_tokens = True  # their names are ordinary text
         self.name = name
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = self._id(config, "bos_token"), self._id(config, "eos_token")
@@ -64,7 +65,7 @@ class HFTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
         if threads == 1:
             return [np.array(self.encode(text), dtype="uint32") for text in texts]
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # unsaid, it warns when the loader forks its workers
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # if unset, it warns when the loader forks its workers
         encoded = self._tokenizer.encode_batch([without_surrogates(t) for t in texts], add_special_tokens=False)
         return [np.array(e.ids, dtype="uint32") for e in encoded]
 

@@ -1,19 +1,22 @@
-"""A corpus on disk: token ids in shards, and an index. It is opened without being read, and read without being trusted.
+"""A corpus on disk: token ids in shards, and an index. Opening reads the index alone; reading checks every block.
 
-    FOLDER/index.json     the tokenizer, and of each shard: tokens, documents, bytes of text, SHA-256 of the file
+    FOLDER/index.json     the tokenizer; for each shard: tokens, documents, bytes of text, SHA-256 of the file
     FOLDER/00000.tokens   ids, little-endian, 2 bytes each (4 where the vocabulary is larger than 65,536), then the
                           CRC-32 of each BLOCK_BYTES of them, 4 bytes each
 
-The ids are one stream over all shards, [bos] ids of a document [eos] [bos] ids of the next [eos] ...: eos is a
-document's boundary.
+The ids are one stream over all shards: [bos] ids of a document [eos] [bos] ids of the next document [eos] ... So eos
+marks a document's end.
 
-What happened to a shard                noticed
-truncated, or missing                   when a run opens the corpus: it compares every file's size with the index
-changed, its size kept                  when a run reads the changed block, before it trains on it: by the block's CRC
-either, or an index of another corpus   by `scripts/prepare_data.py --verify FOLDER`, which reads everything
+Damage to a shard                   When it is noticed
+truncated, or missing               when a run opens the corpus: every file's size is compared with the index
+changed, with its size kept         when a run reads the changed block, before it trains on it: by the block's CRC
+any of these, or a wrong index      by `scripts/prepare_data.py --verify FOLDER`, which reads everything
 
-Opening costs a look at each file's size, reading a sample one or two blocks, whatever the size of the corpus. Files are
-read by position and not mapped into memory: a map of a file that shrinks kills the process without a word.
+Opening a corpus looks up the size of each file, and reading a sample reads one or two blocks, for a corpus of any size.
+Files are not mapped into memory: if a mapped file shrinks, the process is killed without a message.
+
+Proof: tests/test_shards.py::test_changed_shard_is_noticed_before_training,
+tests/test_shards.py::test_opening_a_large_corpus_reads_no_tokens.
 """
 
 import json
@@ -30,16 +33,19 @@ from pathlib import Path
 import numpy as np
 
 from errors import ConfigError
+from files import write_json
 
-FORMAT = 2  # raise it when the same documents would give other files
-BLOCK_BYTES = 16384  # what is read and checked for a sample of up to 8,192 tokens is little more than the sample
-OPEN_FILES = 64  # of a process, the latest used
-MAKE_AGAIN = "start again what made it (scripts/prepare_data.py, or a run of text): it makes just what is missing."
+FORMAT = 2  # raise it when the same documents would give different files
+BLOCK_BYTES = 16384  # 8,192 ids of 2 bytes, so that a read of a sample is little larger than the sample
+OPEN_FILES = 64  # a process keeps the most recently used files open
+MAKE_AGAIN = "run the command that made it again (scripts/prepare_data.py, or train.py): it makes only missing shards."
 
 
 @dataclass
-class Shard:
-    num_tokens: int  # bos and eos included
+class TokenShard:
+    """The index's entry of a shard."""
+
+    num_tokens: int  # with bos and eos
     num_documents: int
     text_bytes: int  # of the documents, as UTF-8
     sha256: str  # of the file
@@ -49,56 +55,62 @@ class Shard:
 
 
 @dataclass
-class Index:
-    source: str  # hash of what it was made of: files and tokenizer
-    tokenizer: str  # its name
+class CorpusIndex:
+    """The content of index.json."""
+
+    source: str  # cache_key of the files and the tokenizer (data/prepare.py)
+    tokenizer: str  # name
     tokenizer_fingerprint: str
     bytes_per_id: int  # 2 or 4
     eos_id: int
-    shards: list[Shard] = field(default_factory=list)
+    shards: list[TokenShard] = field(default_factory=list)
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        write_json(folder / "index.json", asdict(self))
+        write_whole(folder / "index.json", asdict(self))
 
 
-def read_index(folder: Path) -> Index | None:
-    """The index of a corpus; None where there is none. ValueError for one that cannot be used."""
+def read_index(folder: Path) -> CorpusIndex | None:
+    """The index of the corpus in a folder; None if there is none. Raises ConfigError if it cannot be used."""
     path = folder / "index.json"
     try:
         values = json.loads(path.read_text())
         if values["format"] != FORMAT:
             raise ConfigError(f"{path} has format {values['format']}, not {FORMAT}; prepare the corpus again.")
-        return Index(**values | {"shards": [Shard(**shard) for shard in values["shards"]]})
+        return CorpusIndex(**values | {"shards": [TokenShard(**shard) for shard in values["shards"]]})
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise ConfigError(f"{path} is not a corpus' index; prepare the corpus again.") from None
+        raise ConfigError(f"{path} is not the index of a corpus; prepare the corpus again.") from None
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05}.tokens"  # by number: no name from an index leads out of its folder
+    return folder / f"{number:05}.tokens"  # by number: an index holds no names that could lead out of its folder
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1))
+def write_whole(path: Path, value: dict) -> None:
+    """Writes a JSON file that appears whole or not at all."""
+    temporary = _temporary(path)
+    write_json(temporary, value)
     os.replace(temporary, path)
 
 
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
 class ShardWriter:
-    """Writes a shard under a temporary name; close() gives it its own, and returns what the index says of it."""
+    """Writes a shard under a temporary name. close() renames the file and returns the shard's entry in the index."""
 
     def __init__(self, path: Path, bytes_per_id: int):
-        self.path, self.temporary = path, path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.path, self.temporary = path, _temporary(path)
         self.dtype = np.dtype(f"<u{bytes_per_id}")
         self.file, self.digest = open(self.temporary, "wb"), sha256()  # noqa: SIM115
         self.rest, self.checksums = b"", bytearray()
         self.num_tokens = self.num_documents = self.text_bytes = 0
 
     def write(self, ids: np.ndarray, text_bytes: int) -> None:
-        """A document: all of its ids, bos and eos included."""
+        """Appends a document: its ids with bos and eos, and the bytes of its text."""
         self.num_tokens += len(ids)
         self.num_documents += 1
         self.text_bytes += text_bytes
@@ -113,7 +125,7 @@ class ShardWriter:
         self.digest.update(stream)
         self.file.write(stream)
 
-    def close(self) -> Shard:
+    def close(self) -> TokenShard:
         self._write(self.rest)
         self.digest.update(self.checksums)
         self.file.write(self.checksums)
@@ -121,7 +133,7 @@ class ShardWriter:
         os.fsync(self.file.fileno())
         self.file.close()
         os.replace(self.temporary, self.path)
-        return Shard(self.num_tokens, self.num_documents, self.text_bytes, self.digest.hexdigest())
+        return TokenShard(self.num_tokens, self.num_documents, self.text_bytes, self.digest.hexdigest())
 
     def abandon(self) -> None:
         self.file.close()
@@ -129,17 +141,17 @@ class ShardWriter:
 
 
 class Corpus:
-    """The stream of ids in a folder. ValueError when it cannot be what its index says.
+    """The stream of token ids in a folder. fingerprint is a hash of the ids.
 
-    fingerprint is a hash of the ids: a run that resumes with another one reads other data."""
+    Raises ConfigError if there is no index, or if a shard's size contradicts it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         index = read_index(self.folder)
         if index is None:
             raise ConfigError(
-                f"{self.folder} is no corpus: it has no index.json; make one with scripts/prepare_data.py, or let it "
-                "finish there."
+                f"{self.folder} is not a corpus: it has no index.json; make a corpus with scripts/prepare_data.py, or "
+                "let that command finish."
             )
         self.index, self.bytes_per_id, self.eos_id = index, index.bytes_per_id, index.eos_id
         for number in range(len(index.shards)):
@@ -153,11 +165,11 @@ class Corpus:
         self._open = lru_cache(OPEN_FILES)(partial(_open_shard, self.folder))
 
     def __reduce__(self):
-        return Corpus, (self.folder,)  # open files stay in their process
+        return Corpus, (self.folder,)  # pickled by its folder: open files cannot go to another process
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """ids start to start + count: [count] of uint16 or uint32. ValueError where they are not those that were
-        written."""
+        """The ids start ... start + count - 1: [count] uint16 or uint32. Raises ConfigError if a block has changed
+        since it was written."""
         assert start >= 0 and start + count <= self.num_tokens
         parts = []
         number = bisect_right(self.ends, start)
@@ -169,6 +181,7 @@ class Corpus:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read(self, number: int, first: int, count: int) -> np.ndarray:
+        """The ids first ... first + count - 1 of a shard."""
         size = self.index.shards[number].num_tokens * self.bytes_per_id
         begin, end = first * self.bytes_per_id, (first + count) * self.bytes_per_id
         blocks = range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
@@ -186,7 +199,7 @@ class Corpus:
         if found != checksums:
             raise ConfigError(
                 f"{shard_path(self.folder, number)} has changed since it was written (around byte {begin:,}); delete "
-                f"it, and {MAKE_AGAIN}"
+                f"it, then {MAKE_AGAIN}"
             )
         return np.frombuffer(stream, f"<u{self.bytes_per_id}", count, begin - offset)
 
@@ -206,7 +219,8 @@ def _open_shard(folder: Path, number: int):
 
 
 def verify(folder: Path, report: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """Reads a whole corpus; a line for each shard whose SHA-256 is not its index's. ValueError as from `Corpus`."""
+    """Reads a whole corpus and returns a line for each shard whose SHA-256 is not the index's. Raises ConfigError as
+    Corpus does."""
     index, wrong = Corpus(folder).index, []
     for number, shard in enumerate(index.shards):
         digest = sha256()

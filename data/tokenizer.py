@@ -1,13 +1,14 @@
-"""Text to token ids and back, by tiktoken: byte-level BPE, so every text round-trips and nothing is unknown.
+"""Text to token ids and back, by tiktoken: byte-level BPE, so that every text round-trips and no text is unknown.
 
-A tokenizer is three things: the rank of each token's bytes (a lower rank merges first, and is the token's
-id), the regular expression that first splits a text into words (merges never cross them), and the special
-tokens, whose ids stand for no text and which are never made from text.
+A tokenizer has three parts. Each token's bytes have a rank: it is the token's id, and lower ranks merge first. A
+regular expression first splits a text into words, and merges never cross words. Special tokens have ids that stand for
+no text, and encoding a text never makes them.
+
+Proof: tests/test_tokenizer.py::test_any_text_round_trips, tests/test_tokenizer.py::test_llama3_file_gets_its_specials.
 """
 
 import base64
 import binascii
-import difflib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import ConfigError
+from errors import ConfigError, did_you_mean
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 SHIPPED = {"bpe_4096": Path(__file__).parent / "bpe_4096.tiktoken"}
@@ -44,17 +45,17 @@ LLAMA3_SPECIALS = [
     *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 ]
 
-# Above about a million spaces in a row, one call of tiktoken fails: its regular expression's stack is full.
+# A call of tiktoken with more than about a million spaces in a row fails: its regular expression's stack is full.
 MAX_PIECE_CHARS = 400_000
 
 
 class Tokenizer:
-    """What build_tokenizer returns.
+    """A byte-level BPE, as build_tokenizer makes it.
 
     name        as the user wrote it
-    vocab_size  number of ids, special tokens included: the largest id + 1
-    bos_id      put before each document; None when the tokenizer has no such token
-    eos_id      put behind each document
+    vocab_size  number of ids with the special tokens: the largest id + 1
+    bos_id      the id before each document; None if the tokenizer has no such token
+    eos_id      the id after each document
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]) -> None:
@@ -66,7 +67,7 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of all that decides which ids a text becomes: ranks, pattern, special tokens."""
+        """Hash of everything that decides a text's ids: ranks, pattern, special tokens."""
         digest = blake2b(self._pattern.encode(), digest_size=16)
         for token, rank in sorted(self._ranks.items(), key=lambda item: item[1]):
             digest.update(b"%d:%d:%b" % (rank, len(token), token))
@@ -75,27 +76,28 @@ class Tokenizer:
 
     @cached_property
     def _encoding(self):
-        import tiktoken  # here, as a run whose tokens are already cached never encodes
+        import tiktoken  # imported here, because a run whose tokens are in the cache never encodes
 
         return tiktoken.Encoding(
             self.name, pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens=self._specials
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of text alone, no bos or eos; the name of a special token in it is text like any other."""
+        """The ids of text, without bos and eos. The name of a special token in it is ordinary text."""
         return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays, made in parallel: tiktoken works without the GIL. threads None: as
-        many as there are cores."""
+        """encode() of each text, as uint32 arrays, in parallel, since tiktoken releases the GIL. threads None: chosen
+        by the number of cores."""
         pieces = [list(_pieces(text)) for text in texts]
-        _ = self._encoding  # made once, before threads race for it
+        _ = self._encoding  # made here, before threads race for it
         with ThreadPoolExecutor(threads) as pool:
             encoded = pool.map(self._encode_piece, (piece for of_text in pieces for piece in of_text))
             return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, special tokens by name; ids without text and bytes that are no UTF-8 as U+FFFD."""
+        """The text of ids. Special tokens become their names; unknown ids and bytes that are not UTF-8 become
+        U+FFFD."""
         return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -104,21 +106,23 @@ class Tokenizer:
     def _bytes_of(self, token: int) -> bytes:
         try:
             return self._encoding.decode_single_token_bytes(token)
-        except KeyError:  # a model's vocabulary may be padded beyond the tokenizer's
+        except KeyError:  # a model's vocabulary may be padded to more ids than the tokenizer has
             return "\ufffd".encode()
 
 
 def build_tokenizer(name_or_path: str) -> Tokenizer:
-    """The tokenizer of a name ("byte", "bpe_4096", a tiktoken encoding's) or of a file in tiktoken's format.
+    """The tokenizer of a name, a file or a folder.
 
-    "byte" is the 256 bytes, bos and eos. "bpe_4096" is shipped: exactly 4096 ids, trained on Python source
-    text by scripts/train_tokenizer.py. A file of 128,000 ranks is Llama 3's tokenizer.model and gets its 256
-    special tokens; any other file gets Llama 3's split pattern, and bos and eos as the two ids after its
-    ranks. A Hugging Face folder's tokenizer.json is read by data/hf_tokenizer.py. A folder stands for the one
-    of the two in it.
+    "byte"               the 256 bytes, bos and eos
+    "bpe_4096"           data/bpe_4096.tiktoken: 4096 ids, trained on Python source text by scripts/train_tokenizer.py
+    a tiktoken encoding  by its name, as in "gpt2"; downloaded on first use
+    FILE                 in tiktoken's format. A file of 128,000 ranks is Llama 3's tokenizer.model, and gets its 256
+                         special tokens. Any other file gets Llama 3's split pattern, and bos and eos after its ranks
+    FILE.json            a Hugging Face tokenizer.json, see data/hf_tokenizer.py
+    FOLDER               the tokenizer.json or tokenizer.model in it
 
-    Raises ValueError, one line, for an unknown name, a file that is missing or no tiktoken file, and for a
-    tiktoken encoding that is not on this machine and cannot be downloaded.
+    Raises ConfigError for an unknown name, a file that is missing or has a different format, and an encoding that is
+    not on this machine and cannot be downloaded.
     """
     if name_or_path == "byte":
         ranks = {bytes([i]): i for i in range(256)}
@@ -134,7 +138,7 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
         if path.is_dir():
             path = _tokenizer_file(path)
         if path.suffix == ".json":
-            from data.hf_tokenizer import HFTokenizer  # which is one of these
+            from data.hf_tokenizer import HFTokenizer  # imported here, because it imports this file
 
             return HFTokenizer(name_or_path, path)
     ranks = read_ranks(path)
@@ -143,10 +147,9 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """A file in tiktoken's format, lines of `base64(token) rank`, as {token: rank}; ranks are 0, 1, 2, ...
+    """{token: rank} of a file in tiktoken's format: lines of `base64(token) rank` with the ranks 0, 1, 2, ...
 
-    Read here and not by tiktoken.load, which keeps a copy under the file's *name* and would go on with that
-    copy after the file has changed.
+    tiktoken.load is not used: it keeps a copy under the file's *name*, and reads that copy after the file has changed.
     """
     ranks = {}
     try:
@@ -173,7 +176,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def without_surrogates(text: str) -> str:
-    """text with U+FFFD for each half of a surrogate pair, as JSON's \\ud83d alone: it is no character."""
+    """text with U+FFFD for each lone half of a surrogate pair, as in JSON's \\ud83d, which is not a character."""
     try:
         text.encode()
         return text
@@ -182,7 +185,8 @@ def without_surrogates(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """text in parts of at most MAX_PIECE_CHARS, cut behind a line's end if there is one: words stay whole."""
+    """text in parts of at most MAX_PIECE_CHARS, cut after a line's end if there is a line's end, so that words stay
+    whole."""
     start = 0
     while len(text) - start > MAX_PIECE_CHARS:
         end = text.rfind("\n", start, start + MAX_PIECE_CHARS) + 1 or start + MAX_PIECE_CHARS
@@ -196,11 +200,11 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
 
     try:
         encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # all of requests' are OSErrors; a wrong checksum is a ValueError
+    except (OSError, ValueError) as error:  # every error of requests is an OSError; a wrong checksum is a ValueError
         raise ConfigError(
             f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed '
             f"({type(error).__name__}); put its file into the folder that TIKTOKEN_CACHE_DIR "
-            "names, or use one that works offline: "
+            "names, or use a tokenizer that works offline: "
             '"bpe_4096", "byte", or the path of a file in tiktoken\'s format.'
         ) from None
     # The private names are those of tiktoken's own README, "Extending tiktoken".
@@ -210,7 +214,7 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
 
 
 def _tokenizer_file(folder: Path) -> Path:
-    # First Hugging Face's: a tokenizer.model beside it may be SentencePiece's. original/ is in their copies of Llama 3.
+    # tokenizer.json first, since a tokenizer.model beside it may be SentencePiece's. Llama 3's folder has original/.
     for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model"):
         if (folder / name).is_file():
             return folder / name
@@ -221,6 +225,6 @@ def _unknown(name: str, encodings: list[str]) -> str:
     if os.sep in name or "." in name:
         return f'tokenizer {name}: no such file or folder; "bpe_4096" and "byte" need none.'
     names = ["byte", *SHIPPED, *encodings]
-    near = difflib.get_close_matches(name, names, n=1)
-    did_you_mean = f' did you mean "{near[0]}"?' if near else ""
-    return f'tokenizer "{name}" is unknown;{did_you_mean} Valid are {", ".join(names)}, and paths of files.'
+    return (
+        f'tokenizer "{name}" is unknown;{did_you_mean(name, names)} Valid are {", ".join(names)}, and paths of files.'
+    )

@@ -15,8 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from checkpoint.manifest import find_damage
-from checkpoint.safe_metadata import SafeReader
+from checkpoint.integrity import SafeReader, find_damage
 from checkpoint.state import read_state
 from errors import ConfigError
 from files import write_json

@@ -1,10 +1,12 @@
-"""ParallelDims -> device meshes. Five axes, always there, each of size 1 or more; slowest first:
+"""Arrange the ranks as device meshes, one axis for each kind of parallelism.
+
+Five axes, always there, each of size 1 or more; slowest first:
 
     pp              pipeline stages
     dp_replicate    copies of the model
-    dp_shard        FSDP
+    dp_shard        shards of every weight (FSDP)
     cp              parts of a sequence
-    tp              parts of a weight (and, between them, of a sequence)
+    tp              parts of a weight; between weights, parts of a sequence
 
 Eight ranks as dp_replicate 2 x dp_shard 2 x tp 2 (pp = cp = 1):
 
@@ -14,35 +16,52 @@ Eight ranks as dp_replicate 2 x dp_shard 2 x tp 2 (pp = cp = 1):
     rank           0       1       2       3         4       5       6       7
     reads          samples 0       samples 1         samples 2       samples 3
     weights      a       b       c       d         a       b       c       d      <- four quarters, twice
-    sums with      weights: all-gather {0,2} {1,3} {4,6} {5,7}; gradients: reduce-scatter within those, then
-                   all-reduce {0,4} {1,5} {2,6} {3,7}; activations: {0,1} {2,3} {4,5} {6,7}
+    dp_shard     all-gathers weights, reduce-scatters gradients: {0,2} {1,3} {4,6} {5,7}
+    dp_replicate all-reduces the shards of gradients: {0,4} {1,5} {2,6} {3,7}
+    tp           gathers and sums activations: {0,1} {2,3} {4,5} {6,7}
 
-Other views of the same ranks, in the same order:
+Six more axes join or divide these, with the ranks in the same order:
 
-    batch = dp_replicate x dp_shard        who reads which samples
-    loss  = dp_replicate x dp_shard x cp   who holds different tokens, so over whom token counts and losses are summed
-    fsdp  = dp_shard x cp                  over whom a weight is sharded: context ranks hold the same weights
-    tokens = all but pp                    who holds different tokens between attention and the next: the sequence is
-                                           cut over tp too
-    sequence = cp x tp                     who shares sequences
-    efsdp x ep = dp_shard x cp x tp        the same as fsdp for experts, which are never tensor-parallel: expert
-                                           parallelism borrows ranks, it adds none
+    fsdp = dp_shard x cp               shards a weight: context ranks hold the same weights
+    efsdp x ep = dp_shard x cp x tp    experts, which are never tensor-parallel: ep sends tokens to their experts, efsdp
+                                       shards an expert's weights. Expert parallelism borrows ranks, it adds none.
+    loss = dp_replicate x fsdp         sums losses and token counts: these ranks hold different tokens
+    tokens = loss x tp                 sums the tokens of each expert: a sequence is split over tp too
+    sequence = cp x tp                 ranks that share sequences
+
+Process groups: axes of the same ranks share a group. An axis of all ranks takes the world's group, and all axes of size
+1 take one group of this rank alone. So a rank makes at most 11 groups, one for each axis above, whatever the number of
+ranks. NCCL makes a communicator at a group's first collective: at most 11 with the world's, since nothing is sent over
+dp_shard where it differs from fsdp. A communicator runs one collective after the other, so axes that share a group do
+not overlap.
+
+Proof: tests/test_mesh.py::test_views_of_eight_ranks, tests/test_mesh.py::test_axes_of_same_ranks_share_a_group,
+tests/test_mesh.py::test_rank_makes_at_most_eleven_groups
 """
 
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from itertools import product
 from math import prod
 
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from errors import ConfigError
 
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+AXES = {  # and the option that sets the size of each
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+}
 
 
 @dataclass(frozen=True)
 class ParallelDims:
-    """How many ways each axis is split; dp_shard = -1 takes the ranks that the others leave."""
+    """The size of each axis; dp_shard = -1 takes the ranks that the other axes leave."""
 
     pp: int = 1
     dp_replicate: int = 1
@@ -52,16 +71,16 @@ class ParallelDims:
     ep: int = 1
 
     def resolve(self, world_size: int) -> "ParallelDims":
-        """The same with dp_shard filled in. ValueError unless it multiplies to world_size, with layouts that do."""
+        """Fill in dp_shard. ConfigError, with layouts that fit, unless the axes multiply to world_size."""
         values = {axis: getattr(self, axis) for axis in AXES}
         wrong = [a for a, n in values.items() if n < 1 and not (a == "dp_shard" and n == -1)]
         if wrong:
-            raise ConfigError(f"{_option(wrong[0])} ({values[wrong[0]]}) must be at least 1.")
+            raise ConfigError(f"{AXES[wrong[0]]} ({values[wrong[0]]}) must be at least 1.")
         others = prod(n for axis, n in values.items() if axis != "dp_shard")
         if values["dp_shard"] == -1 and world_size % others == 0:
             values["dp_shard"] = world_size // others
         if others * values["dp_shard"] != world_size:
-            given = " x ".join(f"{_option(a)} {n}" for a, n in values.items() if n not in (1, -1))
+            given = " x ".join(f"{AXES[a]} {n}" for a, n in values.items() if n not in (1, -1))
             raise ConfigError(
                 f"{given} does not multiply to the number of ranks ({world_size}); these would fit: "
                 f"{self._suggest(world_size)}."
@@ -78,34 +97,22 @@ class ParallelDims:
         return " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1) or "1"
 
     def _suggest(self, world_size: int) -> str:
-        """Up to three layouts of world_size ranks that differ from this one on as few axes, as little as can be."""
+        """Name up to three layouts of world_size ranks, those that differ least from this layout."""
         wanted = {axis: max(1, getattr(self, axis)) for axis in AXES if axis != "dp_shard"}
-        sizes = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        # An axis that was not asked for stays at 1.
-        choices = [sizes if n > 1 else [1] for n in wanted.values()]
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        choices = [divisors if n > 1 else [1] for n in wanted.values()]  # an axis that was not asked for stays at 1
         fitting = [c for c in product(*choices) if world_size % prod(c) == 0]
         fitting.sort(key=lambda c: sum(abs(a - b) + (a != b) for a, b in zip(c, wanted.values(), strict=True)))
         texts = []
         for choice in fitting[:3]:
-            named = [(_option(axis), n) for axis, n in zip(wanted, choice, strict=True) if n > 1]
-            named.append((_option("dp_shard"), world_size // prod(choice)))
-            texts.append(" x ".join(f"{option} {n}" for option, n in named))
+            named = [f"{AXES[axis]} {n}" for axis, n in zip(wanted, choice, strict=True) if n > 1]
+            texts.append(" x ".join([*named, f"{AXES['dp_shard']} {world_size // prod(choice)}"]))
         return "; ".join(texts)
-
-
-def _option(axis: str) -> str:
-    names = {"pp": "pipeline", "dp_replicate": "data_parallel_replicate", "dp_shard": "data_parallel_shard",
-             "cp": "context", "tp": "tensor"}  # fmt: skip
-    return names[axis] + ("_degree" if axis.startswith("dp_") else "_parallel_degree")
 
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """One layout. Slices are taken once, here: a DeviceMesh is equal to itself only.
-
-    The meshes are made side by side over the same ranks in the same order, since FSDP and DTensor need equal rank
-    maps, not a common root, and joining axes of one mesh is not public API.
-    """
+    """The meshes of one layout. fully_shard joins the axes that a weight is sharded on, so `dense` has fsdp and tp."""
 
     degrees: ParallelDims
     world: DeviceMesh  # pp, dp_replicate, dp_shard, cp, tp
@@ -115,11 +122,11 @@ class ParallelMesh:
     cp: DeviceMesh
     tp: DeviceMesh
     ep: DeviceMesh
-    sequence: DeviceMesh  # who shares sequences
-    loss: DeviceMesh  # over whom token counts and losses are summed
-    tokens: DeviceMesh  # over whom tokens of experts are counted
-    fsdp: DeviceMesh  # what fully_shard takes: (dp_replicate, fsdp), or fsdp alone
-    efsdp: DeviceMesh  # the same for experts: (dp_replicate, efsdp), or efsdp alone
+    sequence: DeviceMesh
+    loss: DeviceMesh
+    tokens: DeviceMesh
+    fsdp: DeviceMesh  # for fully_shard: (dp_replicate, fsdp), or fsdp alone without copies
+    efsdp: DeviceMesh | None  # the same for experts; None where they are sharded like everything else: ep = tp = 1
 
     @property
     def dp_degree(self) -> int:
@@ -128,25 +135,43 @@ class ParallelMesh:
 
     @property
     def dp_rank(self) -> int:
-        """Which of them this one is; ranks that differ only in cp, tp or pp read the same samples."""
+        """Which of the dp_degree parts of a batch this rank reads; ranks that differ in pp, cp or tp read the same."""
         replicate, shard = (self.world.get_local_rank(axis) for axis in ("dp_replicate", "dp_shard"))
         return replicate * self.degrees.dp_shard + shard
 
 
-def build_mesh(degrees: ParallelDims, device_type: str, world_size: int) -> ParallelMesh:
-    """Meshes of all ranks ("cpu" or "cuda") for these degrees. ValueError if they do not fit; a collective."""
-    d = degrees.resolve(world_size)
-    fsdp, experts = d.dp_shard * d.cp, d.dp_shard * d.cp * d.tp
+def build_mesh(device_type: str, world_size: int, *, timeout_seconds: int = 600, **degrees: int) -> ParallelMesh:
+    """Build the meshes of all world_size ranks for degrees, the fields of ParallelDims. device_type is "cpu" or "cuda".
+    ConfigError if the degrees do not fit. A collective: every rank makes its groups in the same order."""
+    d, rank = ParallelDims(**degrees).resolve(world_size), dist.get_rank()
+    timeout = timedelta(seconds=timeout_seconds)  # a new group does not inherit that of the world's group
+    groups = {range(world_size): dist.group.WORLD}
 
-    def make(**axes: int) -> DeviceMesh:
-        return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    def group_of(axis: str, size: int, stride: int) -> dist.ProcessGroup:
+        """This rank's group of an axis: `size` ranks, `stride` apart."""
+        first = rank - rank // stride % size * stride
+        ranks = range(first, first + size * stride, stride)
+        if ranks not in groups:  # ranges are equal if their numbers are
+            # Only the members take part: the cost for a rank does not grow with the number of groups on other ranks.
+            groups[ranks] = dist.new_group(list(ranks), timeout, use_local_synchronization=True, group_desc=axis)
+        return groups[ranks]
 
-    world = make(pp=d.pp, dp_replicate=d.dp_replicate, dp_shard=d.dp_shard, cp=d.cp, tp=d.tp)
-    dense = make(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=fsdp, tp=d.tp)
-    sparse = make(pp=d.pp, dp_replicate=d.dp_replicate, efsdp=experts // d.ep, ep=d.ep)
-    loss = make(pp=d.pp, loss=d.dp_replicate * fsdp, tp=d.tp)["loss"]
-    tokens = loss if d.tp == 1 else make(pp=d.pp, tokens=d.dp_replicate * experts)["tokens"]
-    sequence = make(pp=d.pp, batch=d.dp_replicate * d.dp_shard, sequence=d.cp * d.tp)["sequence"]
+    def grid(**axes: int) -> DeviceMesh:
+        """A mesh of all ranks, the last axis fastest."""
+        sizes = tuple(axes.values())
+        strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
+        mesh_groups = [group_of(*axis) for axis in zip(axes, sizes, strides, strict=True)]
+        ranks = torch.arange(world_size).view(sizes)
+        return DeviceMesh.from_group(mesh_groups, device_type, ranks, mesh_dim_names=tuple(axes))
+
+    def line(axis: str, size: int, stride: int) -> DeviceMesh:
+        """A mesh of this rank's group of an axis alone."""
+        return DeviceMesh.from_group(group_of(axis, size, stride), device_type, mesh_dim_names=(axis,))
+
+    fsdp = d.dp_shard * d.cp
+    dense = grid(pp=d.pp, dp_replicate=d.dp_replicate, fsdp=fsdp, tp=d.tp)
+    sparse = grid(pp=d.pp, dp_replicate=d.dp_replicate, efsdp=fsdp * d.tp // d.ep, ep=d.ep)
+    world = grid(pp=d.pp, dp_replicate=d.dp_replicate, dp_shard=d.dp_shard, cp=d.cp, tp=d.tp)
     # A 2-D mesh adds an all-reduce, over one rank when there is one copy.
     replicate = ("dp_replicate",) if d.dp_replicate > 1 else ()
     return ParallelMesh(
@@ -156,11 +181,11 @@ def build_mesh(degrees: ParallelDims, device_type: str, world_size: int) -> Para
         sparse,
         pp=world["pp"],
         cp=world["cp"],
-        tp=dense["tp"],  # of one root with FSDP's axis: a weight is cut over both
+        tp=dense["tp"],
         ep=sparse["ep"],
-        sequence=sequence,
-        loss=loss,
-        tokens=tokens,
+        sequence=line("sequence", d.cp * d.tp, stride=1),
+        loss=line("loss", d.dp_replicate * fsdp, stride=d.tp),
+        tokens=line("tokens", d.dp_replicate * fsdp * d.tp, stride=1),
         fsdp=dense[(*replicate, "fsdp")],
-        efsdp=sparse[(*replicate, "efsdp")],
+        efsdp=sparse[(*replicate, "efsdp")] if d.ep > 1 or d.tp > 1 else None,
     )

@@ -1,12 +1,12 @@
-"""Text -> token shards that any number of runs read at once (data/shards.py), in parallel.
+"""Makes a corpus of token shards from text, in parallel. Any number of runs can read it at once (data/shards.py).
 
     python scripts/prepare_data.py --path 'texts/**/*.jsonl' --tokenizer bpe_4096 --output corpora/mine
     python scripts/prepare_data.py --hf_dataset NAME --hf_split train --tokenizer TOKENIZER --output corpora/theirs
     python scripts/prepare_data.py --verify corpora/mine
     torchrun ... train.py --data.dataset shards --data.path corpora/mine --data.tokenizer bpe_4096
 
-Killed, it goes on where it was when it is started again: finished shards are kept. --verify reads a corpus and compares
-each shard's SHA-256 with the index. Options default to those of a run.
+If the command is killed, start it again: finished shards are kept. --verify reads a corpus and compares each shard's
+SHA-256 with the index.
 """
 
 import argparse
@@ -19,22 +19,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Data
-from data.prepare import UNIT_BYTES, prepare
-from data.shards import Corpus, Shard, verify
-from data.sources import Stream, build_source
+from data.hf_stream import HFStream
+from data.prepare import SHARD_BYTES, prepare
+from data.shards import Corpus, TokenShard, verify
+from data.sources import build_source
 from data.tokenizer import build_tokenizer
 from errors import ConfigError
 
 
 class Progress:
-    """One line that is written again and again; where no person watches, a line now and then."""
+    """Shows progress: a line that is updated on a terminal; elsewhere a new line every seconds_between."""
 
     def __init__(self, seconds_between: float):
         self.start = self.shown = time.monotonic()
         self.tokens = self.made = 0
         self.seconds_between = seconds_between
 
-    def shard(self, done: int, total: int, shard: Shard) -> None:
+    def shard(self, done: int, total: int, shard: TokenShard) -> None:
         self.tokens, self.made = self.tokens + shard.num_tokens, self.made + 1
         seconds = time.monotonic() - self.start
         left = timedelta(seconds=round(seconds / self.made * (total - done)))
@@ -52,14 +53,16 @@ class Progress:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="the folder of the corpus")
-    parser.add_argument("--dataset", default="text", help="text, or python_stdlib; default: %(default)r")
+    parser.add_argument("--dataset", default="text", choices=("text", "python_stdlib"), help="default: %(default)r")
     for option in ("path", "text_key", "tokenizer"):
         parser.add_argument(f"--{option}", default=getattr(Data(), option), help="default: %(default)r")
-    parser.add_argument("--hf_dataset", help="a dataset of Hugging Face's, streamed, in place of files")
-    parser.add_argument("--hf_subset", default="", help="its configuration, where it has several")
+    parser.add_argument("--hf_dataset", help="stream this Hugging Face dataset instead of files")
+    parser.add_argument("--hf_subset", default="", help="the dataset's configuration, if it has several")
     parser.add_argument("--hf_split", default="train", help="default: %(default)r")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: one a core, %(default)s")
-    parser.add_argument("--unit_bytes", type=int, default=UNIT_BYTES, help="of text, a shard; default: %(default)s")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count(), help="default: the number of cores, %(default)s"
+    )
+    parser.add_argument("--shard_bytes", type=int, default=SHARD_BYTES, help="text per shard; default: %(default)s")
     parser.add_argument("--verify", metavar="FOLDER", help="compare every shard of a corpus with its checksum")
     options = parser.parse_args(arguments)
 
@@ -68,24 +71,17 @@ def main(arguments: list[str]) -> None:
         folder = Path(options.verify)
         wrong = verify(folder, lambda done, total: progress.show(f"{done}/{total} shards read", done == total))
         if wrong:
-            raise ConfigError(
-                "\n".join(
-                    [
-                        *wrong,
-                        f"{len(wrong)} shard(s) of {folder} have changed; delete them, and "
-                        "run the command that made the corpus again: it makes just what is missing.",
-                    ]
-                )
-            )
+            cure = "delete them, and run the command that made the corpus again: it makes only missing shards."
+            raise ConfigError("\n".join([*wrong, f"{len(wrong)} shard(s) of {folder} have changed; {cure}"]))
         print(f"{folder}: every shard is as it was written")
         return
     if not options.output:
-        raise ConfigError("--output FOLDER is needed: where the corpus is to be.")
-    if options.processes < 0 or options.unit_bytes < 1:
-        raise ConfigError("--processes must be at least 0 (in this process), --unit_bytes at least 1.")
+        raise ConfigError("--output FOLDER is needed: the folder of the new corpus.")
+    if options.processes < 0 or options.shard_bytes < 1:
+        raise ConfigError("--processes must be at least 0 (0: no other process), --shard_bytes at least 1.")
     tokenizer = build_tokenizer(options.tokenizer)
     if options.hf_dataset:
-        source = Stream(options.hf_dataset, options.hf_subset, options.hf_split, options.text_key)
+        source = HFStream(options.hf_dataset, options.hf_subset, options.hf_split, options.text_key)
     else:
         source = build_source(options.dataset, options.path, options.text_key)
     folder = prepare(
@@ -93,18 +89,18 @@ def main(arguments: list[str]) -> None:
         tokenizer,
         options.output,
         processes=options.processes,
-        unit_bytes=options.unit_bytes,
+        shard_bytes=options.shard_bytes,
         report=progress.shard,
     )
     corpus = Corpus(folder)
     print(f"{corpus.num_documents:,} documents, {corpus.text_bytes:,} bytes of text")
     bytes_per_token = corpus.text_bytes / corpus.num_tokens
-    print(f"{corpus.num_tokens:,} tokens, {bytes_per_token:.2f} bytes a token; {tokenizer.vocab_size:,} ids")
+    print(f"{corpus.num_tokens:,} tokens, {bytes_per_token:.2f} bytes per token; {tokenizer.vocab_size:,} ids")
     print(folder)
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except ConfigError as error:
         sys.exit(f"error: {error}")

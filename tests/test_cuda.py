@@ -109,7 +109,9 @@ def test_packed_documents(kind, mode, text, tmp_path):
 
 def test_validation(tmp_path):
     """Held-out loss, twice the same for the same weights, close to training's; compiled once, for its first time."""
-    more = options(validation__enable="true", validation__samples="19", validation__interval="4", training__steps="20")
+    more = options(
+        validation__enable="true", validation__num_sequences="19", validation__interval="4", training__steps="20"
+    )
     metrics = run(tmp_path, COMPILE, more, no_compilation_after=4)["metrics"]
     losses = {row["step"]: row["validation_loss"] for row in metrics if row.get("validation_loss")}
     assert sorted(losses) == [4, 8, 12, 16, 20] and losses[20] < 0.8 * losses[4]

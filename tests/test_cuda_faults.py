@@ -10,8 +10,8 @@ from helpers.cuda_runs import COMPILE, MIXTURE, SMALL, needs_gpu, run
 from helpers.faults import exit_codes, start
 from helpers.runs import argv, options, read_metrics, write_ragged_text
 
-from checkpoint.manifest import MANIFEST
-from checkpoint.staging import Staging
+from checkpoint.integrity import MANIFEST
+from checkpoint.writer import Staging
 from resilience.signals import EXIT_PREEMPTED
 
 pytestmark = needs_gpu

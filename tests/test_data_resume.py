@@ -1,14 +1,15 @@
-"""Exact resume with all that data can be: a mixture, packed documents, a part held out, workers that read ahead."""
+"""Exact resume with every feature of the data: a mixture, packed documents, held-out sequences, workers that read
+ahead."""
 
 import pytest
 from helpers.runs import TINY, argv, options, read_metrics, run_command, write_ragged_text
-from test_data import BYTE
+from helpers.texts import BYTE
 
 from data.prepare import prepare
 from data.sources import build_source
 
 STEPS = 6
-PARTS = [  # ranks, the layout, and the step at which it is stopped
+PARTS = [  # ranks, layout, the step after which the run is stopped
     (4, dict(data_parallel_shard_degree=2, context_parallel_degree=2), 2),
     (2, dict(pipeline_parallel_degree=2), 4),
     (1, {}, STEPS),
@@ -17,20 +18,19 @@ PARTS = [  # ranks, the layout, and the step at which it is stopped
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Two corpora, the second so small that its epochs end within the run."""
+    """Two corpora. The second is so small that the run passes through several of its epochs."""
     folder = tmp_path_factory.mktemp("corpora")
     (folder / "small.jsonl").write_text('{"text": "a small one, over and over again"}\n' * 12)
     sources = [build_source("text", str(path)) for path in (write_ragged_text(folder), folder / "small.jsonl")]
-    made = [prepare(source, BYTE, folder / str(i), unit_bytes=2000) for i, source in enumerate(sources)]
+    made = [prepare(source, BYTE, folder / str(i), shard_bytes=2000) for i, source in enumerate(sources)]
     return options(
         data__dataset="shards",
-        data__path=",".join(map(str, made)),
-        data__weights="0.6,0.4",
+        data__path=f"{made[0]}:0.6,{made[1]}:0.4",
         data__packing="documents",
         data__num_workers="1",
         validation__enable="true",
         validation__interval="2",
-        validation__samples="5",
+        validation__num_sequences="5",
         checkpoint__enable="true",
         checkpoint__interval="2",
         training__steps=STEPS,
@@ -46,8 +46,8 @@ def run(folder, data, ranks: int, layout: dict[str, int], stop: int) -> None:
     assert not any("warning" in line for line in lines), lines
 
 
-def test_stopped_and_resumed_in_other_layouts(data, tmp_path):
-    """Every loss, held-out loss and gradient norm is the straight run's."""
+def test_resume_on_other_layouts_equals_one_run(data, tmp_path):
+    """Every loss, validation loss and gradient norm equals that of the run that is not stopped."""
     (tmp_path / "straight").mkdir()
     run(tmp_path / "straight", data, 1, {}, STEPS)
     for part in PARTS:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from parallelize.float8 import apply_float8, as_plain, sync_float8_scales
 from parallelize.fsdp import parallelize_data
-from parallelize.mesh import ParallelDims, build_mesh
+from parallelize.mesh import build_mesh
 from parallelize.tensor import parallelize_tensor
 from resilience.process_group import init_distributed
 from training.gloo import DirectAllGather
@@ -70,7 +70,7 @@ def _train_layouts(layouts: dict[str, dict]) -> dict | None:
 
     DirectAllGather.__call__ = counting
     for name, layout in layouts.items():
-        mesh = build_mesh(ParallelDims(tp=layout.get("tp", 1)), "cpu", dist.get_world_size())
+        mesh = build_mesh("cpu", dist.get_world_size(), tp=layout.get("tp", 1))
         model = on_meta()
         apply_float8(model, **OPTIONS | layout.get("options", {}))
         parallelize_tensor(model, mesh.tp, seq_len=SEQ, use_async=False)
@@ -193,7 +193,7 @@ def _cut_unevenly():
     model = on_meta()
     apply_float8(model, **OPTIONS | GATHER)
     policy = dict(reduce_dtype=torch.float32, reshard_after_forward=True, cpu_offload=False)
-    parallelize_data(model, build_mesh(ParallelDims(), "cpu", 3).data_parallel, param_dtype=torch.float32, **policy)
+    parallelize_data(model, build_mesh("cpu", 3).fsdp, param_dtype=torch.float32, **policy)
     with pytest.raises(ValueError) as error:
         sync_float8_scales(start(model))
     dist.barrier()  # or a rank that is done would leave the others alone in the set-up

@@ -33,6 +33,7 @@ from hf import safetensors as hf_files
 from hf.export import export_hf
 from model import ModelArgs, Transformer, get_flavor
 from parallelize.init import held_indices
+from resilience.process_group import init_distributed
 
 # Without options of [model], because the folder decides the model.
 RUN = {name: value for name, value in TINY.items() if not name.startswith("model.")}
@@ -100,21 +101,20 @@ def load_in_layouts(cases: list[list[str]]) -> list[tuple[dict, int]]:
 
     open_slice = hf_files.TensorReader._slice
     hf_files.TensorReader._slice = lambda self, name: CountingSlice(open_slice(self, name))
-    train.init_distributed("cpu", 60)
+    init_distributed("cpu", 60)
     results = []
     for arguments in cases:
         config = load_config(arguments)
-        mesh = train.build_mesh(train.degrees_of(config), "cpu", dist.get_world_size())
+        mesh = train.build_mesh("cpu", dist.get_world_size(), **config.parallelism.degrees)
         args = get_model_args(**vars(config.model), initial_hf_folder=config.checkpoint.initial_load_path)
-        stages = train.build_stages(config, args, mesh, "cpu", log=lambda _: None)
+        stages = train.build_stages(config, args, mesh, 8, log=lambda _: None)
         counted.clear()
         for stage in stages:
             stage.to_empty(device="cpu")
             stage.tie_weights()
         tensors = train.ExpertLoadBalancer(stages, mesh.tokens, mesh.pp).biases
         tied = train.TiedEmbedding(stages, mesh.pp, schedule=config.parallelism.pipeline_parallel_schedule)
-        for stage in stages:
-            tensors |= {name: p for name, p in stage.named_parameters() if not tied.is_copy(p)}
+        tensors |= tied.unique_parameters(stages)
         load_hf(config.checkpoint.initial_load_path, tensors, args)
         held = {}
         for name, tensor in tensors.items():

@@ -1,4 +1,6 @@
-"""Layouts: which are accepted, what their views are, and which elements of a parameter a rank holds in them."""
+"""Layouts: which are accepted, the ranks of each axis, process groups, and the elements of a parameter on a rank."""
+
+import time
 
 import pytest
 import torch
@@ -6,12 +8,13 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 from helpers.runs import whole
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from model import ModelArgs, Transformer
-from parallelize import ParallelDims, build_mesh, init_weights, parallelize_pipeline
+from parallelize import ParallelDims, ParallelMesh, build_mesh, init_weights, parallelize_pipeline
 from parallelize.fsdp import parallelize_data
 from parallelize.init import held_indices
 from parallelize.tensor import parallelize_tensor
@@ -27,7 +30,7 @@ from resilience.process_group import init_distributed
         (ParallelDims(pp=2, cp=2, tp=2), 16, (2, 1, 2, 2, 2)),
     ],
 )
-def test_shard_degree_takes_the_rest(degrees, world_size, resolved):
+def test_dp_shard_minus_one_takes_the_remaining_ranks(degrees, world_size, resolved):
     """dp_shard = -1 becomes what the other axes leave of the ranks."""
     d = degrees.resolve(world_size)
     assert (d.pp, d.dp_replicate, d.dp_shard, d.cp, d.tp) == resolved
@@ -36,7 +39,7 @@ def test_shard_degree_takes_the_rest(degrees, world_size, resolved):
 @pytest.mark.parametrize(
     "degrees, world_size, parts",
     [
-        (ParallelDims(dp_replicate=3), 8, ["data_parallel_replicate_degree 3 does not", "(8)", "_replicate_degree 2 x"]),
+        (ParallelDims(dp_replicate=3), 8, ["data_parallel_replicate_degree 3 does not", "(8)", "replicate_degree 2 x"]),
         (ParallelDims(dp_shard=16), 8, ["data_parallel_shard_degree 16", "(8)", "data_parallel_shard_degree 8"]),
         (ParallelDims(dp_shard=2, tp=2), 8, ["data_parallel_shard_degree 2 x tensor_parallel_degree 2", "(8)",
                                         "tensor_parallel_degree 2 x data_parallel_shard_degree 4"]),
@@ -44,7 +47,7 @@ def test_shard_degree_takes_the_rest(degrees, world_size, resolved):
         (ParallelDims(tp=2, ep=3), 8, ["expert_parallel_degree (3)", "(8)", "[1, 2, 4, 8]"]),
     ],
 )  # fmt: skip
-def test_layouts_that_do_not_fit_are_refused(degrees, world_size, parts):
+def test_layout_that_does_not_fit_is_refused(degrees, world_size, parts):
     """The message holds every number, and layouts that do fit."""
     with pytest.raises(ValueError) as error:
         degrees.resolve(world_size)
@@ -52,7 +55,7 @@ def test_layouts_that_do_not_fit_are_refused(degrees, world_size, parts):
 
 
 def test_suggested_layouts_fit():
-    """What a refusal suggests is itself accepted: every suggestion multiplies to the ranks."""
+    """Every layout that the error suggests multiplies to the number of ranks."""
     for world_size in (1, 6, 8, 12, 64):
         for layout in (ParallelDims(dp_replicate=5), ParallelDims(tp=7, pp=3), ParallelDims(dp_shard=5, cp=2)):
             with pytest.raises(ValueError) as error:
@@ -64,26 +67,116 @@ def test_suggested_layouts_fit():
                 assert product == world_size, str(error.value)
 
 
-def _views():
+def _ranks_of_axes():
     init_distributed("cpu", 60)
-    mesh = build_mesh(ParallelDims(dp_replicate=2, cp=2, tp=2, ep=4), "cpu", 8)
-    members = {axis: dist.get_process_group_ranks(mesh.world[axis].get_group()) for axis in mesh.world.mesh_dim_names}
-    members["fsdp"] = dist.get_process_group_ranks(mesh.dense["fsdp"].get_group())
-    members["ep"] = dist.get_process_group_ranks(mesh.sparse["ep"].get_group())
-    members["loss"] = dist.get_process_group_ranks(mesh.loss.get_group())
-    return members, mesh.dp_rank, mesh.dp_degree
+    mesh = build_mesh("cpu", 8, dp_replicate=2, cp=2, tp=2, ep=4)
+    axes = {axis: mesh.world[axis] for axis in mesh.world.mesh_dim_names}
+    axes |= dict(fsdp=mesh.dense["fsdp"], ep=mesh.ep, loss=mesh.loss, tokens=mesh.tokens, sequence=mesh.sequence)
+    return {name: dist.get_process_group_ranks(m.get_group()) for name, m in axes.items()}, mesh.dp_rank, mesh.dp_degree
 
 
 def test_views_of_eight_ranks():
-    """dp_replicate 2 x cp 2 x tp 2: who is with whom on every axis and view, and who reads which samples."""
-    views = run_ranks(8, _views)
-    members, dp_rank, batch_size = views[5]  # dp_replicate 1, dp_shard 0, cp 0, tp 1
-    assert members == {
+    """dp_replicate 2 x cp 2 x tp 2: the ranks of every axis, and the part of a batch that each rank reads."""
+    views = run_ranks(8, _ranks_of_axes)
+    ranks, dp_rank, dp_degree = views[5]  # dp_replicate 1, dp_shard 0, cp 0, tp 1
+    assert ranks == {
         "pp": [5], "dp_replicate": [1, 5], "dp_shard": [5], "cp": [5, 7], "tp": [4, 5],
-        "fsdp": [5, 7], "ep": [4, 5, 6, 7], "loss": [1, 3, 5, 7],
+        "fsdp": [5, 7], "ep": [4, 5, 6, 7], "loss": [1, 3, 5, 7], "tokens": list(range(8)), "sequence": [4, 5, 6, 7],
     }  # fmt: skip
-    assert (dp_rank, batch_size) == (1, 2)
+    assert (dp_rank, dp_degree) == (1, 2)
     assert [v[1] for v in views] == [0] * 4 + [1] * 4
+
+
+def _build_and_count(world_size: int, degrees: dict[str, int]) -> tuple[ParallelMesh, list[list[int]]]:
+    """The mesh, and the ranks of each process group that this rank has made for it."""
+    made, new_group = [], dist.new_group
+
+    def counting_new_group(ranks, *args, **options):
+        made.append(ranks)
+        return new_group(ranks, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", counting_new_group)
+        mesh = build_mesh("cpu", world_size, **degrees)
+    return mesh, made
+
+
+def _axes(mesh: ParallelMesh) -> list[DeviceMesh]:
+    """Every axis of every mesh, as a mesh of its own."""
+    grids = (mesh.world, mesh.dense, mesh.sparse)
+    return [grid[axis] for grid in grids for axis in grid.mesh_dim_names] + [mesh.loss, mesh.tokens, mesh.sequence]
+
+
+# Layouts of eight ranks, with the number of groups that each needs beside the world's.
+LAYOUTS_AND_GROUPS = [
+    (dict(), 1),  # this rank alone
+    (dict(pp=8), 1),
+    (dict(tp=2, cp=2), 6),  # dp_shard, cp, tp, fsdp = loss, sequence, this rank alone
+    (dict(pp=2, tp=2, ep=2), 5),  # pp, fsdp = loss = efsdp, tp = ep = sequence, tokens, this rank alone
+    (dict(dp_replicate=2, cp=2, tp=2, ep=4), 6),  # dp_replicate, cp = fsdp, tp, ep = sequence, loss, this rank alone
+]
+
+
+def _groups_of_layouts() -> list[int]:
+    """The number of groups made for each layout, once their ranks, and a sum over each, are seen to be right."""
+    init_distributed("cpu", 60)
+    counts = []
+    for degrees, _ in LAYOUTS_AND_GROUPS:
+        mesh, made = _build_and_count(8, degrees)
+        by_ranks = {}
+        for axis in _axes(mesh):
+            group, ranks = axis.get_group(), axis.mesh.tolist()
+            assert dist.get_process_group_ranks(group) == ranks, (degrees, axis)
+            assert by_ranks.setdefault(tuple(ranks), group) is group, f"two groups of ranks {ranks} in {degrees}"
+            total = torch.tensor(dist.get_rank())
+            dist.all_reduce(total, group=group)
+            assert total == sum(ranks), (degrees, axis)
+        counts.append(len(made))
+        assert (mesh.efsdp is None) == (mesh.degrees.ep == mesh.degrees.tp == 1)
+    return counts
+
+
+def test_axes_of_same_ranks_share_a_group():
+    """Axes and views of the same ranks have the same process group, whose members are the axis's ranks in order."""
+    assert run_ranks(8, _groups_of_layouts) == [[groups for _, groups in LAYOUTS_AND_GROUPS]] * 8
+
+
+def _groups_on_fake_ranks(rank: int, world_size: int, degrees: dict[str, int]) -> tuple[int, int]:
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    mesh, made = _build_and_count(world_size, degrees)
+    assert all(dist.get_process_group_ranks(axis.get_group()) == axis.mesh.tolist() for axis in _axes(mesh))
+    return len(made), len({axis.get_group().group_name for axis in _axes(mesh)})
+
+
+def test_rank_makes_at_most_eleven_groups():
+    """One group for each of the eleven axes where all of them have different ranks, here of 64."""
+    degrees = dict(pp=2, dp_replicate=2, dp_shard=4, cp=2, tp=2, ep=8)
+    assert run_ranks(1, _groups_on_fake_ranks, 37, 64, degrees)[0] == (11, 11)
+
+
+@pytest.mark.parametrize("rank", [0, 1000, 2047])
+def test_number_of_groups_on_2048_ranks(rank):
+    """The layout of configs/deepseek_v3_671b.toml: pp, fsdp = loss = tokens, efsdp, ep and this rank alone."""
+    assert run_ranks(1, _groups_on_fake_ranks, rank, 2048, dict(pp=16, ep=64))[0] == (5, 5)
+
+
+def _wait_for_a_missing_rank() -> float:
+    """Seconds until rank 0 gives up a sum over tp that rank 1 never joins."""
+    init_distributed("cpu", 60)
+    mesh = build_mesh("cpu", 4, timeout_seconds=2, tp=2)
+    dist.barrier()
+    began = time.monotonic()
+    if dist.get_rank() == 0:
+        with pytest.raises(RuntimeError, match=r"[Tt]imed out"):
+            dist.all_reduce(torch.zeros(1), group=mesh.tp.get_group())
+    seconds = time.monotonic() - began
+    dist.barrier()
+    return seconds
+
+
+def test_collective_of_an_axis_ends_after_timeout_seconds():
+    """comm.timeout_seconds holds for the groups of every axis, not for the world's alone."""
+    assert 1 < run_ranks(4, _wait_for_a_missing_rank)[0] < 30
 
 
 def _held_elements():
@@ -117,18 +210,18 @@ def _held_elements():
     return len(checked)
 
 
-def test_held_indices_are_what_a_rank_holds():
-    """For plain, two-dimensional, uneven and strided shards, on each of four ranks."""
+def test_held_indices_equal_local_elements():
+    """Plain, two-dimensional, uneven and strided shards, on each of four ranks."""
     assert run_ranks(4, _held_elements) == [52] * 4
 
 
 def _initial_weights(shape: dict, degrees: dict):
-    """What this rank holds of each parameter: (whole shape, indices, values) by name."""
+    """This rank's part of each parameter: (whole shape, indices, values) by name."""
     init_distributed("cpu", 60)
     args = ModelArgs(**shape)
     with torch.device("meta"):
         model = Transformer(args)
-    mesh = build_mesh(ParallelDims(**degrees), "cpu", dist.get_world_size())
+    mesh = build_mesh("cpu", dist.get_world_size(), **degrees)
     held = {}
     for stage in parallelize_pipeline(model, mesh.pp, schedule="Interleaved1F1B", stages_per_rank=0):
         parallelize_tensor(stage, mesh.tp, seq_len=16, use_async=False)
@@ -142,7 +235,7 @@ def _initial_weights(shape: dict, degrees: dict):
 
 
 def test_initial_weights_do_not_depend_on_the_layout():
-    """Bitwise equal on one rank, and sharded, cut and split: evenly, unevenly, and into fewer rows than ranks."""
+    """Initial weights are bitwise equal on one rank and sharded, evenly, unevenly, and into fewer rows than ranks."""
     shape = dict(dim=36, n_layers=4, n_heads=6, n_kv_heads=2, hidden_dim=50, vocab_size=62)
     one = whole(run_ranks(1, _initial_weights, shape, {}))
     layouts = [

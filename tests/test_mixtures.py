@@ -1,17 +1,17 @@
-"""Law 7 as a property: whatever the ranks, workers, batches, stops and mixture, batch b holds the same samples, and in
-an epoch of a corpus each of its windows is read once."""
+"""Layout-invariant data as a property: for any ranks, workers, batch sizes, stops and mixture, step b holds the same
+samples, and an epoch of a corpus reads each of its windows once."""
 
 import itertools
 import json
 
 import pytest
+from helpers.texts import BYTE
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_data import BYTE
 
 from data import build_dataset, build_loader
 from data.dataset import TokenDataset
-from data.mixture import Mixture, floor_sum
+from data.mixture import DatasetMixture, floor_sum
 from data.prepare import prepare
 from data.shards import Corpus
 from data.sources import build_source
@@ -22,7 +22,7 @@ fast = settings(max_examples=40, deadline=None, database=None, suppress_health_c
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory):
-    """Of 30, 11 and 3 windows, each token of which tells where it is from."""
+    """Corpora of 30, 11 and 3 windows. Each token tells the place it comes from."""
     made = []
     for letter, windows in (("a", 30), ("b", 11), ("c", 3)):
         folder = tmp_path_factory.mktemp("corpus")
@@ -31,7 +31,7 @@ def corpora(tmp_path_factory):
         texts = ["".join(words[:cut]), "".join(words[cut:])]
         (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
         source = build_source("text", str(folder / "a.jsonl"))
-        made.append(Corpus(prepare(source, BYTE, folder / "corpus", unit_bytes=40)))
+        made.append(Corpus(prepare(source, BYTE, folder / "corpus", shard_bytes=40)))
     return made
 
 
@@ -45,7 +45,7 @@ mixtures = st.fixed_dictionaries(
         "weights": st.lists(st.floats(0.05, 10), min_size=3, max_size=3),
         "seed": st.integers(0, 2**31),
         "packing": st.sampled_from(["concat", "documents"]),
-        "held_out": st.integers(0, 1),
+        "num_held_out": st.integers(0, 1),
     }
 )
 
@@ -58,7 +58,7 @@ def dataset_of(corpora, numbers, weights, **options) -> TokenDataset:
 @given(
     mixture=mixtures,
     parts=st.lists(
-        # data ranks, samples of a rank and microbatch, microbatches, steps until the run is stopped, workers
+        # data ranks, local batch size, microbatches, steps until the run is stopped, workers
         st.tuples(
             st.sampled_from([1, 2, 4, 8]),
             st.integers(1, 3),
@@ -71,38 +71,37 @@ def dataset_of(corpora, numbers, weights, **options) -> TokenDataset:
     ),
     start=st.integers(0, 200),
 )
-def test_any_run_reads_the_same_samples(corpora, mixture, parts, start):
-    """Stopped and resumed any number of times, each time on other ranks with other batches and workers, runs read
-    sample after sample: none twice, none left out."""
+def test_any_layout_reads_the_same_samples(corpora, mixture, parts, start):
+    """A run that is stopped and resumed any number of times, each time with other ranks, batch sizes and workers, reads
+    sample after sample: no sample twice, and none left out."""
     dataset = dataset_of(corpora, **mixture)
     consumed = start
-    for data_ranks, local, accumulation, steps, workers in parts:
-        size = data_ranks * local * accumulation
+    for dp_degree, local, accumulation, steps, workers in parts:
+        size = dp_degree * local * accumulation
         loaders = [
             build_loader(
                 dataset,
                 global_batch_size=size,
                 local_batch_size=local,
-                data_rank=rank,
-                data_ranks=data_ranks,
+                dp_rank=rank,
+                dp_degree=dp_degree,
                 samples_consumed=consumed,
                 num_workers=workers if rank == 0 else 0,
             )
-            for rank in range(data_ranks)
+            for rank in range(dp_degree)
         ]
         for _ in range(steps):
             batches = [batch for loader in loaders for batch in next(loader)]
             read = [key({k: v[row] for k, v in batch.items()}) for batch in batches for row in range(local)]
             assert read == [key(dataset[i]) for i in range(consumed, consumed + size)]
             consumed += size
-        assert {loader.samples_consumed for loader in loaders} == {consumed}
 
 
 @fast
 @given(mixture=mixtures)
-def test_each_window_once_an_epoch(corpora, mixture):
-    """Of each corpus of a mixture, whatever the others' weights, every n samples in a row are its n windows; none of
-    the held-out ones is ever among them."""
+def test_epoch_reads_each_window_once(corpora, mixture):
+    """For any weights, every n successive samples of a corpus of n windows are its n windows. No held-out window is
+    among them."""
     dataset = dataset_of(corpora, **mixture)
     names = [chr(ord("a") + n) for n in mixture["numbers"]]
     streams = {name: [] for name in names}
@@ -114,12 +113,14 @@ def test_each_window_once_an_epoch(corpora, mixture):
     for i in range(300):
         name, tokens = place(dataset[i])
         streams[name].append(tokens)
-    apart = {place(dataset.held_out_sample(j)) for j in range(mixture["held_out"])}
-    for name, windows, held_out in zip(names, dataset.windows, dataset.held_out, strict=True):
+    samples = dataset.held_out()
+    assert len(samples) == mixture["num_held_out"]
+    held_out_places = {place(samples[j]) for j in range(len(samples))}
+    for name, windows, held_out in zip(names, dataset.num_windows, dataset.num_held_out, strict=True):
         n, stream = windows - held_out, streams[name]
         for first in range(0, len(stream) - n + 1, n):
             assert len(set(stream[first : first + n])) == n
-        assert not {(name, tokens) for tokens in stream} & apart
+        assert not {(name, tokens) for tokens in stream} & held_out_places
 
 
 @fast
@@ -129,8 +130,9 @@ def test_each_window_once_an_epoch(corpora, mixture):
     first=st.integers(0, 10**15),
 )
 def test_counts_follow_weights(weights, seed, first):
-    """Any stretch of a mixture holds n x weight of each corpus, up to a few; and counts are right anywhere."""
-    mixture = Mixture(weights, seed)
+    """Any stretch of a mixture holds n x weight samples of each corpus, up to a few, and the counts are exact
+    anywhere."""
+    mixture = DatasetMixture(weights, seed)
     before = [mixture.count(c, first) for c in range(len(weights))]
     assert sum(before) == first
     seen = [0] * len(weights)
@@ -144,25 +146,33 @@ def test_counts_follow_weights(weights, seed, first):
 
 @fast
 @given(n=st.integers(0, 60), m=st.integers(1, 50), a=st.integers(0, 90), b=st.integers(0, 90))
-def test_floor_sum(n, m, a, b):
-    """The quick sum is the sum."""
+def test_floor_sum_equals_the_sum(n, m, a, b):
+    """The fast sum equals the sum term by term."""
     assert floor_sum(n, m, a, b) == sum((a * j + b) // m for j in range(n))
 
 
-def test_weights_of_folders(corpora):
-    """As a user writes it: folders and weights, of any sum; without weights, by size."""
-    path = ",".join(str(corpus.folder) for corpus in corpora)
+def test_path_with_weights_sets_the_shares(corpora):
+    """Weights in data.path may have any sum; without weights, a corpus's share is its size."""
 
-    def shares(**options):
-        dataset = build_dataset("shards", path, BYTE, seq_len=SEQ_LEN, seed=1, **options)
+    def shares(path: str):
+        dataset = build_dataset("shards", path, BYTE, seq_len=SEQ_LEN, seed=1)
         drawn = [dataset.mixture(i)[0] for i in range(440)]
         return dataset, [drawn.count(c) for c in range(3)]
 
-    by_size, counts = shares()
-    assert max(abs(count - 10 * windows) for count, windows in zip(counts, by_size.windows, strict=True)) <= 3
-    weighted, counts = shares(weights="2, 1, 1")
+    by_size, counts = shares(",".join(str(corpus.folder) for corpus in corpora))
+    assert max(abs(count - 10 * windows) for count, windows in zip(counts, by_size.num_windows, strict=True)) <= 3
+    weighted, counts = shares(", ".join(f"{c.folder}:{w}" for c, w in zip(corpora, (2, 1.0, "1e0"), strict=True)))
     assert max(abs(count - part) for count, part in zip(counts, (220, 110, 110), strict=True)) <= 3
     assert weighted.fingerprint != by_size.fingerprint
-    # Runs of the same corpus are as short as its weight allows: no stretch of one language, then of another.
+    # Corpora alternate as often as their weights allow.
     drawn = [weighted.mixture(i)[0] for i in range(440)]
     assert max(len(list(group)) for _, group in itertools.groupby(drawn)) <= 3
+
+
+def test_folder_name_with_a_colon_is_not_a_weight(corpora, tmp_path):
+    """A colon in the name of an existing folder is part of the name, with and without a weight after it."""
+    folder = tmp_path / "v1:2"
+    folder.symlink_to(corpora[0].folder)
+    for path in (str(folder), f"{folder}:0.5"):
+        dataset = build_dataset("shards", path, BYTE, seq_len=SEQ_LEN, seed=1)
+        assert dataset.corpus_fingerprint == corpora[0].fingerprint

@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers.layouts import V3
 from helpers.runs import TINY
+from helpers.texts import BYTE
 
 from config import load_config
-from data import build_dataset, build_tokenizer
+from data import build_dataset
 from model import IGNORE_INDEX, Transformer, add_mtp_targets, attention, get_flavor
 from model.attention import BlockMask, CoreAttention, DocumentMask
 from parallelize.context import CPDocumentMask
@@ -34,7 +35,7 @@ def packed_dataset(folder, texts: list[str], seq_len: int, packing: str = "docum
     path = folder / "texts.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     more = dict(seq_len=seq_len, seed=0, packing=packing, cache_folder=folder)
-    return build_dataset("text", str(path), build_tokenizer("byte"), **more)
+    return build_dataset("text", str(path), BYTE, **more)
 
 
 def test_packed_sample_numbers_documents_and_positions(tmp_path):

@@ -16,7 +16,7 @@ from helpers.ranks import run_ranks
 from helpers.runs import options, series, side_by_side, train_all, train_on, write_ragged_text
 
 from model import ModelArgs, Transformer
-from parallelize import ParallelDims, build_mesh
+from parallelize import build_mesh
 from parallelize.fsdp import parallelize_data
 from resilience.process_group import init_distributed
 
@@ -166,7 +166,7 @@ def _dtypes_under_mixed_precision():
     init_distributed("cpu", 60)
     args = ModelArgs(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
     model = Transformer(args)
-    mesh = build_mesh(ParallelDims(), "cpu", dist.get_world_size())
+    mesh = build_mesh("cpu", dist.get_world_size())
     parallelize_data(
         model,
         mesh.fsdp,

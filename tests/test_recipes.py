@@ -50,7 +50,7 @@ def _built_on(world_size: int, rank: int, recipe: str) -> dict[str, tuple]:
     emulate = ["--float8.emulate=true"] if load_config(["--job.config_file", recipe]).float8.enable else []
     config = load_config(["--job.config_file", recipe, *emulate])
     t = config.training
-    mesh = build_mesh(train.degrees_of(config), "cpu", world_size)
+    mesh = build_mesh("cpu", world_size, **train.degrees_of(config))
     at_once = t.local_batch_size * mesh.dp_degree
     assert t.global_batch_size == -1 or t.global_batch_size % at_once == 0, (world_size, at_once)
     args = train.model_args_of(config)

@@ -1,4 +1,4 @@
-"""Samples as a pure function of (data, seed, i), and the loader's one integer."""
+"""Samples are a pure function of (data, seed, i), and the loader's state is one integer."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import BYTE, text_dataset
+from helpers.texts import BYTE, text_dataset
 
 from data import build_dataset, build_loader, build_tokenizer
 from data.dataset import permute
@@ -23,25 +23,23 @@ from data.dataset import permute
 
 @pytest.mark.parametrize("n", [*range(1, 40), 99, 100, 101, 1000, 4096, 4099])
 def test_permutation_is_a_bijection(n):
-    """Each epoch visits each of n windows once, and large n in an order of its own for each epoch and
-    seed.
-    """
+    """Each epoch visits each of n windows once. For large n, the order differs for each epoch and seed."""
     orders = [[permute(i, n, seed, epoch) for i in range(n)] for seed in (0, 1) for epoch in (0, 1)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     if n >= 30:
         assert all(a != b for i, a in enumerate(orders) for b in orders[:i])
         fixed = sum(i == j for order in orders for i, j in enumerate(order))
-        assert fixed < 20  # 1 an order on average
+        assert fixed < 20  # on average, 1 in each order
 
 
-def test_permutation_of_few_is_fair():
-    """All 24 orders of 4 windows come about equally often: no small data set is stuck in a few orders."""
+def test_permutation_of_four_gives_all_orders_equally_often():
+    """Each of the 24 orders of 4 windows is about equally frequent, so a small data set gets many different orders."""
     counts = Counter(tuple(permute(i, 4, seed, epoch) for i in range(4)) for seed in range(40) for epoch in range(60))
     assert len(counts) == 24 and all(60 < count < 145 for count in counts.values())
 
 
-def test_permutation_of_many():
-    """A huge n costs no more memory or time, and neighbours land far apart."""
+def test_permutation_of_huge_n_is_spread_out():
+    """A huge n costs no more memory or time, and neighbours are sent far from each other."""
     n = 10**15
     places = [permute(i, n, 0, 3) for i in range(2000)]
     assert len(set(places)) == 2000 and all(0 <= place < n for place in places)
@@ -49,9 +47,8 @@ def test_permutation_of_many():
 
 
 def test_windows_cover_the_stream(tmp_path):
-    """An epoch's windows, put in place, are the whole stream: each id but the first (and the rest) is a label
-    once.
-    """
+    """An epoch's windows, put in order, are the whole stream: each id is a label once, except the first id and a
+    remainder."""
     dataset = text_dataset(tmp_path, seq_len=7)
     stream = dataset.corpora[0].read(0, dataset.corpora[0].num_tokens)
     n = len(dataset)
@@ -61,8 +58,8 @@ def test_windows_cover_the_stream(tmp_path):
         assert [token for w in range(n) for token in windows[w]] == stream[: n * 7].tolist()
 
 
-def test_sample(tmp_path):
-    """labels are the next tokens, but -100 behind a document's end; positions count the window; all int64."""
+def test_sample_labels_are_the_next_tokens(tmp_path):
+    """A label is -100 after a document's end; positions count the window's tokens; every tensor is int64."""
     (tmp_path / "a.jsonl").write_text('{"text": "hi"}\n{"text": "you"}\n')
     dataset = build_dataset("text", str(tmp_path / "a.jsonl"), BYTE, seq_len=8, seed=0, cache_folder=tmp_path / "cache")
     sample = dataset[0]
@@ -73,15 +70,15 @@ def test_sample(tmp_path):
     assert len(dataset) == 1 and dataset[12345]["tokens"].equal(sample["tokens"])
 
 
-def test_too_long(tmp_path):
-    """A seq_len beyond the data says both numbers and what fits, and what fits does."""
+def test_seq_len_beyond_the_data_is_an_error(tmp_path):
+    """The error gives both numbers and the largest seq_len that fits, and that seq_len works."""
     with pytest.raises(ValueError, match=r"seq_len \(8\) needs 9 tokens, but the whole data has 5; use at most 4"):
         text_dataset(tmp_path, "abc")
     assert len(text_dataset(tmp_path, "abc", seq_len=4)) == 1
 
 
 def test_samples_are_the_same_in_any_process(tmp_path):
-    """Samples depend on (data, seed, i) only: not on hash randomisation, not on what was read before."""
+    """Samples do not depend on hash randomisation, nor on the samples that were read before."""
     dataset = text_dataset(tmp_path, seed=7)
     program = (
         "import sys; from data.dataset import TokenDataset; from data.shards import Corpus\n"
@@ -91,15 +88,23 @@ def test_samples_are_the_same_in_any_process(tmp_path):
     here = str([dataset[i]["tokens"].tolist() for i in (1000, 3, 77)])
     process = subprocess.run(
         [sys.executable, "-c", program, str(dataset.corpora[0].folder)],
-        env={**os.environ, "PYTHONHASHSEED": "1"},  # conftest has put the repository on its path
+        env={**os.environ, "PYTHONHASHSEED": "1"},  # conftest.py puts the repository on its path
         capture_output=True,
         text=True,
         check=True,
     )
     assert process.stdout.strip() == here
     assert pickle.loads(pickle.dumps(dataset))[77]["tokens"].equal(dataset[77]["tokens"])
-    assert len(pickle.dumps(dataset)) < 1000  # the folder goes to a worker, not the tokens
+    assert len(pickle.dumps(dataset)) < 1000  # a worker gets the folder's name, not the tokens
     assert not all(text_dataset(tmp_path, seed=8)[i]["tokens"].equal(dataset[i]["tokens"]) for i in range(5))
+
+
+def test_fingerprint_names_all_that_decides_the_order(tmp_path):
+    """Checkpoints keep the fingerprint, so its text must not change: every resumed run would warn of other data."""
+    dataset = text_dataset(tmp_path, seed=7, packing="documents", num_held_out=5)
+    assert dataset.corpus_fingerprint == dataset.corpora[0].fingerprint
+    assert dataset.fingerprint == f"{dataset.corpus_fingerprint} seed 7 seq_len 8 documents held out 5"
+    assert text_dataset(tmp_path, seq_len=4).fingerprint == f"{dataset.corpus_fingerprint} seed 0 seq_len 4 concat"
 
 
 # ---------------------------------------------------------------------------------- loader
@@ -112,17 +117,17 @@ def dataset():
 
 
 def loader_of(dataset, **options):
-    options = {"global_batch_size": 8, "local_batch_size": 2, "data_rank": 0, "data_ranks": 1, **options}
+    options = {"global_batch_size": 8, "local_batch_size": 2, "dp_rank": 0, "dp_degree": 1, **options}
     return build_loader(dataset, **options)
 
 
-def loaders_of(dataset, data_ranks, **options):
-    """The loaders of all ranks."""
-    return [loader_of(dataset, data_rank=r, data_ranks=data_ranks, **options) for r in range(data_ranks)]
+def loaders_of(dataset, dp_degree, **options):
+    """The loader of each rank."""
+    return [loader_of(dataset, dp_rank=r, dp_degree=dp_degree, **options) for r in range(dp_degree)]
 
 
 def rows(steps) -> list[list[int]]:
-    """The sequences of steps, each a list of microbatches, in order."""
+    """The sequences of steps in order; a step is a list of microbatches."""
     return [row for step in steps for batch in step for row in batch["tokens"].tolist()]
 
 
@@ -138,78 +143,62 @@ def take_each(loaders):
     return [next(loader) for loader in loaders]
 
 
-@pytest.mark.parametrize("data_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("dp_degree", [1, 2, 4, 8])
 @pytest.mark.parametrize("local_batch_size", [1, 2, 3])
-def test_ranks_share_a_step(dataset, data_ranks, local_batch_size):
-    """Step b is the same samples in the same order, over any number of ranks and any local batch size."""
+def test_ranks_share_a_step(dataset, dp_degree, local_batch_size):
+    """Step b holds the same samples in the same order, for any number of ranks and any local batch size."""
     G, first = 48, 5
     options = {"global_batch_size": G, "local_batch_size": local_batch_size, "samples_consumed": first}
-    loaders = loaders_of(dataset, data_ranks, **options)
+    loaders = loaders_of(dataset, dp_degree, **options)
     for b in range(3):
         steps = take_each(loaders)
         assert rows(steps) == samples(dataset, first + b * G, G)
         for step in steps:
-            assert len(step) == G // data_ranks // local_batch_size
+            assert len(step) == G // dp_degree // local_batch_size
             assert all(batch[name].shape == (local_batch_size, 8) for batch in step for name in batch)
 
 
-def test_never_ends(dataset):
-    """Epochs go on: steps reach far beyond one pass of the data."""
+def test_loader_continues_over_epochs(dataset):
+    """Steps continue far beyond one pass over the data."""
     loader = loader_of(dataset)
     steps = take(loader, 3 * len(dataset) // 8)
     assert rows(steps) == samples(dataset, 0, len(steps) * 8)
-    assert loader.samples_consumed == len(steps) * 8
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resume(dataset, num_workers):
-    """A run stopped anywhere goes on with the very next sample, again and again, also while workers fetch
-    ahead.
-    """
-    read, state = [], {"samples_consumed": 0}
+def test_resumed_loader_continues_with_the_next_sample(dataset, num_workers):
+    """A run is stopped and resumed several times, also while workers fetch ahead."""
+    read = []
     for steps in (1, 3, 2):
-        loader = loader_of(dataset, num_workers=num_workers)
-        loader.load_state_dict(state)
-        read += rows(take(iter(loader), steps))
-        state = loader.state_dict()
-        assert state == {"samples_consumed": len(read)}
+        loader = loader_of(dataset, num_workers=num_workers, samples_consumed=len(read))
+        read += rows(take(loader, steps))
     assert read == samples(dataset, 0, 48)
 
 
-def test_resume_on_other_layouts(dataset):
-    """What one layout has read, any other goes on from: other ranks, other batch sizes, other workers."""
+def test_resumed_loader_continues_on_another_layout(dataset):
+    """Ranks, batch sizes and workers change at each resume."""
     read = 0
-    for data_ranks, G, local, workers in [(4, 8, 1, 0), (1, 6, 3, 2), (2, 12, 2, 0)]:
+    for dp_degree, G, local, workers in [(4, 8, 1, 0), (1, 6, 3, 2), (2, 12, 2, 0)]:
         options = {"global_batch_size": G, "local_batch_size": local, "num_workers": workers}
-        loaders = loaders_of(dataset, data_ranks, samples_consumed=read, **options)
+        loaders = loaders_of(dataset, dp_degree, samples_consumed=read, **options)
         for _ in range(2):
             assert rows(take_each(loaders)) == samples(dataset, read, G)
             read += G
-        assert {loader.samples_consumed for loader in loaders} == {read}
-
-
-def test_load_state_while_running(dataset):
-    """Loading a state drops what was fetched ahead: the next step is the state's."""
-    loader = loader_of(dataset)
-    take(loader, 2)
-    loader.load_state_dict({"samples_consumed": 3})
-    assert rows(take(loader, 1)) == samples(dataset, 3, 8)
 
 
 def test_workers_end_with_their_loader(dataset):
-    """A loader that is dropped, or loads a state, ends its workers at once."""
+    """A loader that is dropped ends its workers at once."""
     loader = loader_of(dataset, num_workers=2)
     take(loader, 1)
+    assert multiprocessing.active_children()
     start = time.monotonic()
-    loader.load_state_dict({"samples_consumed": 0})
-    take(loader, 1)
     del loader
     assert not multiprocessing.active_children() and time.monotonic() - start < 4
 
 
-def test_workers_outlive_signals(dataset):
-    """The signals that tell a run to save and end do not take its workers away, whoever sends them to all processes;
-    and still the loader can end them."""
+def test_workers_survive_signals_to_the_run(dataset):
+    """The signals that tell a run to save and end do not end its workers, if they are sent to all processes. The loader
+    can still end its workers."""
     loader = loader_of(dataset, num_workers=2)
     read = rows(take(loader, 1))
     workers = multiprocessing.active_children()
@@ -230,8 +219,8 @@ def _fetch_and_wait(dataset, pipe) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])
-def test_workers_end_with_their_run(dataset, method):
-    """kill -9 of the process that trains: its workers do not stay behind, however they were started."""
+def test_workers_end_when_the_run_is_killed(dataset, method):
+    """After kill -9 of the training process no worker is left, for each start method."""
     context = multiprocessing.get_context(method)
     here, there = context.Pipe()
     run = context.Process(target=_fetch_and_wait, args=(dataset, there))
@@ -245,25 +234,23 @@ def test_workers_end_with_their_run(dataset, method):
     assert len(workers) == 2 and not left
 
 
-def test_loader_leaves_the_random_state_alone(dataset):
-    """Reading data draws no number from torch's global generator, so dropout does not depend on it."""
+def test_loader_draws_no_random_number(dataset):
+    """Reading data leaves torch's global generator unchanged."""
     before = torch.get_rng_state()
     take(loader_of(dataset), 2)
     assert torch.get_rng_state().equal(before)
 
 
 @pytest.mark.parametrize(("size", "use"), [(10, "8 or 16"), (3, "8"), (0, "8"), (-8, "8")])
-def test_global_batch_that_does_not_divide(dataset, size, use):
-    """A global batch that the ranks cannot share says the product, and the nearest sizes that fit."""
+def test_loader_rejects_global_batch_size_that_does_not_divide(dataset, size, use):
+    """The error gives the product that must divide it, and the nearest sizes that fit."""
     message = rf"global_batch_size \({size}\) must be .* \(4 x 2 = 8\); use {use}, or another local_batch_size"
     with pytest.raises(ValueError, match=message):
-        loader_of(dataset, global_batch_size=size, local_batch_size=4, data_ranks=2)
+        loader_of(dataset, global_batch_size=size, local_batch_size=4, dp_degree=2)
 
 
-def test_default_data(tmp_path):
-    """Without any file of one's own there are millions of tokens to train on, of the whole small
-    vocabulary.
-    """
+def test_python_stdlib_is_enough_to_train_on(tmp_path):
+    """Without any file of the user's there are millions of tokens, which use the whole small vocabulary."""
     tokenizer = build_tokenizer("bpe_4096")
     dataset = build_dataset("python_stdlib", "", tokenizer, seq_len=256, seed=0, cache_folder=tmp_path)
     (corpus,) = dataset.corpora
@@ -282,8 +269,8 @@ class SlowDataset:
         return {"tokens": torch.full((8,), i)}
 
 
-def test_waiting_is_measured():
-    """Data that is too slow shows as time waited; a worker that runs ahead while training is busy takes it away."""
+def test_loader_measures_seconds_waited():
+    """Slow data shows as time waited, and a worker that fetches ahead while training computes reduces this time."""
     waited = {}
     for num_workers in (0, 1):
         loader = loader_of(SlowDataset(), global_batch_size=4, local_batch_size=4, num_workers=num_workers)

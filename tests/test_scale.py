@@ -56,7 +56,7 @@ def _check_places(rank: int) -> tuple[set[str], dict[str, list[int]]]:
 
     start_fake(rank)
     config = load_config([f"--job.config_file={RECIPE}", "--compile.enable=false"])
-    mesh = build_mesh(train.degrees_of(config), "cpu", RANKS)
+    mesh = build_mesh("cpu", RANKS, **train.degrees_of(config))
     (stage,) = train.build_stages(config, train.model_args_of(config), mesh, "cpu")
     checked = set()
     for name, p in stage.named_parameters():

@@ -1,4 +1,4 @@
-"""Corpora on disk: made in parallel and in spite of kills, opened without being read, read without being trusted."""
+"""Corpora on disk: they are made in parallel and in spite of kills, and damage to them is noticed."""
 
 import json
 import os
@@ -13,15 +13,15 @@ import pytest
 from conftest import ROOT
 from helpers.fault_table import fault
 from helpers.runs import TINY, argv, run_command
-from test_data import BYTE
+from helpers.texts import BYTE
 
 from data import build_dataset, build_loader, build_tokenizer
 from data.dataset import TokenDataset
 from data.prepare import prepare
-from data.shards import BLOCK_BYTES, Corpus, Index, Shard, read_index, shard_path, verify
+from data.shards import BLOCK_BYTES, Corpus, CorpusIndex, TokenShard, read_index, shard_path, verify
 from data.sources import build_source
 
-UNIT = 10_000  # bytes of text a shard
+SHARD_BYTES = 10_000  # of text per shard
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,17 @@ def texts(tmp_path_factory):
 
 
 def command(texts, output, *more: str) -> list[str]:
-    options = ["--path", str(texts), "--tokenizer", "byte", "--output", str(output), "--unit_bytes", str(UNIT), *more]
+    options = [
+        "--path",
+        str(texts),
+        "--tokenizer",
+        "byte",
+        "--output",
+        str(output),
+        "--shard_bytes",
+        str(SHARD_BYTES),
+        *more,
+    ]
     return [sys.executable, "scripts/prepare_data.py", *options]
 
 
@@ -52,15 +62,15 @@ def files_of(folder) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def corpus(texts, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    prepare(build_source("text", str(texts)), BYTE, folder, unit_bytes=UNIT)
+    prepare(build_source("text", str(texts)), BYTE, folder, shard_bytes=SHARD_BYTES)
     return folder
 
 
 # ---------------------------------------------------------------------------------- what is written
 
 
-def test_stream(tmp_path):
-    """The stream is bos, ids, eos of each document in order; without a bos token just ids and eos."""
+def test_stream_is_bos_ids_eos_per_document(tmp_path):
+    """Documents are in order; a tokenizer without bos gives ids and eos."""
     (tmp_path / "a.jsonl").write_text('{"text": "hi"}\n{"text": "you"}\n')
     source = build_source("text", str(tmp_path / "*.jsonl"))
     corpus = Corpus(prepare(source, BYTE, tmp_path / "cache"))
@@ -75,8 +85,8 @@ def test_stream(tmp_path):
     assert tokens.dtype == np.uint32 and tokens.tolist() == [*b"hi", 257, *b"you", 257]
 
 
-def test_shards_are_one_stream(texts, corpus, tmp_path):
-    """Cut in many shards or in one, the stream is the same, wherever it is read."""
+def test_many_shards_are_one_stream(texts, corpus, tmp_path):
+    """A stream that is cut into many shards equals the stream in one shard, wherever it is read."""
     whole = Corpus(prepare(build_source("text", str(texts)), BYTE, tmp_path))
     parts = Corpus(corpus)
     assert len(parts.index.shards) > 8 and len(whole.index.shards) == 1
@@ -90,8 +100,8 @@ def test_shards_are_one_stream(texts, corpus, tmp_path):
     assert len(os.listdir("/proc/self/fd")) < 200
 
 
-def test_processes_make_the_same(texts, corpus, tmp_path):
-    """Byte for byte, however many; the command says what there is, and nothing is left beside the corpus."""
+def test_any_number_of_processes_makes_the_same_files(texts, corpus, tmp_path):
+    """The files are equal byte for byte, no other file is left, and the command reports the corpus."""
     done = run(command(texts, tmp_path / "out", "--processes", "2"))
     assert done.returncode == 0, done.stderr
     assert files_of(tmp_path / "out") == files_of(corpus)
@@ -101,8 +111,9 @@ def test_processes_make_the_same(texts, corpus, tmp_path):
     assert done.returncode == 0 and "every shard is as it was written" in done.stdout
 
 
-def test_killed_and_started_again(texts, corpus, tmp_path):
-    """Killed after some shards, it makes the others alone, and all is as if nothing had happened."""
+def test_killed_prepare_makes_only_missing_shards(texts, corpus, tmp_path):
+    """Started again after a kill, the command keeps finished shards, and the files are those of a run that is not
+    killed."""
     out = tmp_path / "out"
     process = subprocess.Popen(command(texts, out, "--processes", "1"), cwd=ROOT, start_new_session=True)
     while len(list(out.glob("*.json"))) < 3 and process.poll() is None:
@@ -112,7 +123,7 @@ def test_killed_and_started_again(texts, corpus, tmp_path):
     finished = {path: path.stat().st_mtime_ns for path in out.glob("*.tokens") if path.with_suffix(".json").exists()}
     assert len(finished) >= 3 and not (out / "index.json").exists()
     with pytest.raises(
-        ValueError, match=r"out is no corpus: it has no index\.json; make one with scripts/prepare_data"
+        ValueError, match=r"out is not a corpus: it has no index\.json; make a corpus with scripts/prepare_data"
     ):
         Corpus(out)
     (out / "00001.json").write_text("{torn")
@@ -122,19 +133,22 @@ def test_killed_and_started_again(texts, corpus, tmp_path):
     assert {k: v for k, v in files_of(out).items() if not k.endswith(".tmp")} == files_of(corpus)
 
 
-def test_another_corpus_is_not_overwritten(texts, corpus, tmp_path):
-    """A folder with other data is refused; so are a wrong format and what is no index."""
-    done = run(command(texts, corpus, "--unit_bytes", "999"))
-    assert done.returncode == 1 and "holds a corpus of other files" in done.stderr and "Traceback" not in done.stderr
+def test_prepare_does_not_overwrite_another_corpus(texts, corpus, tmp_path):
+    """A folder with different data is refused, as are an index of a different format and a file that is not an
+    index."""
+    done = run(command(texts, corpus, "--shard_bytes", "999"))
+    assert (
+        done.returncode == 1 and "holds a corpus of different files" in done.stderr and "Traceback" not in done.stderr
+    )
     (tmp_path / "index.json").write_text('{"format": 99}')
     with pytest.raises(ValueError, match=r"index\.json has format 99, not 2"):
         Corpus(tmp_path)
     (tmp_path / "index.json").write_text("[]")
-    with pytest.raises(ValueError, match="is not a corpus' index"):
+    with pytest.raises(ValueError, match="is not the index of a corpus"):
         Corpus(tmp_path)
 
 
-# ---------------------------------------------------------------------------------- what goes wrong with it
+# ---------------------------------------------------------------------------------- damage
 
 
 def copied(corpus, folder):
@@ -145,27 +159,28 @@ def copied(corpus, folder):
 
 
 @fault("data: truncated or missing shard")
-def test_truncated_shard(texts, corpus, tmp_path):
-    """Is noticed when the corpus is opened, as is one that is missing; the same command makes just that one again."""
+def test_truncated_shard_is_noticed_at_start(texts, corpus, tmp_path):
+    """A truncated or missing shard is noticed when a run opens the corpus. The command that made the corpus makes it
+    again, and no other shard."""
     folder = copied(corpus, tmp_path)
     path = shard_path(folder, 3)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(
-        ValueError, match=r"00003\.tokens has [\d,]+ bytes, its index says [\d,]+; start again what made"
+        ValueError, match=r"00003\.tokens has [\d,]+ bytes, its index says [\d,]+; run the command that made"
     ):
         Corpus(folder)
     path.unlink()
-    with pytest.raises(ValueError, match=r"00003\.tokens cannot be read: No such file or directory; start again"):
+    with pytest.raises(ValueError, match=r"00003\.tokens cannot be read: No such file or directory; run the command"):
         Corpus(folder)
-    prepare(build_source("text", str(texts)), BYTE, folder, unit_bytes=UNIT)
+    prepare(build_source("text", str(texts)), BYTE, folder, shard_bytes=SHARD_BYTES)
     assert files_of(folder) == files_of(corpus)
 
 
 @fault("data: a shard changed, its size kept")
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_changed_shard(corpus, tmp_path, num_workers):
-    """One bit, the size kept: noticed before anything is trained on it, and by --verify, which names the shard. Samples
-    of other blocks are read."""
+def test_changed_shard_is_noticed_before_training(corpus, tmp_path, num_workers):
+    """One changed bit is noticed before a run trains on it, and by --verify. Both name the shard. Samples of other
+    blocks can still be read."""
     folder = copied(corpus, tmp_path)
     content = bytearray(shard_path(folder, 3).read_bytes())
     content[1001] ^= 4
@@ -175,7 +190,7 @@ def test_changed_shard(corpus, tmp_path, num_workers):
     changed.read(0, 64)
     dataset = TokenDataset([changed], seq_len=64, seed=0)
     loader = build_loader(
-        dataset, global_batch_size=8, local_batch_size=4, data_rank=0, data_ranks=1, num_workers=num_workers
+        dataset, global_batch_size=8, local_batch_size=4, dp_rank=0, dp_degree=1, num_workers=num_workers
     )
     with pytest.raises(ValueError) as error:
         for _ in range(len(dataset) // 8 + 1):
@@ -190,8 +205,8 @@ def test_changed_shard(corpus, tmp_path, num_workers):
 
 
 @fault("data: a run on a shard that has changed")
-def test_a_run_on_a_changed_shard(corpus, tmp_path):
-    """Ends with one line that names it, though it is a worker that has read it."""
+def test_run_on_a_changed_shard_ends_with_its_name(corpus, tmp_path):
+    """The run ends with one line that names the shard, although a worker has read it."""
     folder = copied(corpus, tmp_path / "changed")
     content = bytearray(shard_path(folder, 0).read_bytes())
     content[::BLOCK_BYTES] = bytes(255 - b for b in content[::BLOCK_BYTES])
@@ -204,8 +219,8 @@ def test_a_run_on_a_changed_shard(corpus, tmp_path):
 
 
 @fault("data: a shard shrinks while it is read")
-def test_shard_that_shrinks_while_it_is_read(corpus, tmp_path):
-    """Is an error that names it, not the end of the process."""
+def test_shard_that_shrinks_while_read_is_an_error(corpus, tmp_path):
+    """The error names the shard, and the process is not killed."""
     folder = copied(corpus, tmp_path)
     opened = Corpus(folder)
     opened.read(0, 10)
@@ -214,11 +229,11 @@ def test_shard_that_shrinks_while_it_is_read(corpus, tmp_path):
         opened.read(0, 10)
 
 
-# ---------------------------------------------------------------------------------- as a data set
+# ---------------------------------------------------------------------------------- as a dataset
 
 
-def test_shards_as_a_dataset(corpus, tmp_path):
-    """Read by their folder; another tokenizer than theirs, or weights that do not fit, are one line."""
+def test_shards_dataset_rejects_wrong_folder_tokenizer_and_weights(corpus, tmp_path):
+    """A right folder is read; each mistake is one line with the cure."""
 
     def build(path=str(corpus), tokenizer=BYTE, **options):
         return build_dataset("shards", path, tokenizer, seq_len=64, seed=0, **options)
@@ -227,28 +242,29 @@ def test_shards_as_a_dataset(corpus, tmp_path):
     assert len(dataset) == (Corpus(corpus).num_tokens - 1) // 64
     for match, arguments in (
         ("needs data.path", dict(path="")),
-        ("nowhere is no corpus", dict(path=f"{tmp_path}/nowhere")),
+        ("nowhere is not a corpus", dict(path=f"{tmp_path}/nowhere")),
         (r"made with the tokenizer byte, .* set --data\.tokenizer byte", dict(tokenizer=build_tokenizer("bpe_4096"))),
+        (r"has a weight for 1 of its 2 folders; give every folder a weight", dict(path=f"{corpus}:1,{corpus}")),
         (
-            r'data\.weights \("1"\) must be a positive number for each of the 2',
-            dict(path=f"{corpus},{corpus}", weights="1"),
+            r'the weight of \S+ \("x"\) must be a positive number, as in A:0\.7,B:0\.3',
+            dict(path=f"{corpus}:1,{corpus}:x"),
         ),
-        (r'data\.weights \("1,x"\)', dict(path=f"{corpus},{corpus}", weights="1,x")),
-        (r'data\.weights \("1,0"\)', dict(path=f"{corpus},{corpus}", weights="1,0")),
+        (r'the weight of \S+ \("0"\)', dict(path=f"{corpus}:1,{corpus}:0")),
+        (r'the weight of \S+ \("inf"\)', dict(path=f"{corpus}:inf")),
     ):
         with pytest.raises(ValueError, match=match):
             build(**arguments)
 
 
-def test_opening_does_not_read(tmp_path):
-    """50 GB in 50 shards are opened, and samples of all read, in less than 2 seconds and little memory."""
+def test_opening_a_large_corpus_reads_no_tokens(tmp_path):
+    """50 GB in 50 shards are opened in less than 2 seconds; with 300 samples read, in less than 4 seconds and 50 MB."""
     tokens = 500_000_000
     blank, rest = (zlib.crc32(bytes(n)).to_bytes(4, "little") for n in (BLOCK_BYTES, 2 * tokens % BLOCK_BYTES))
-    shard = Shard(tokens, 1, tokens, "0" * 64)
-    index = Index("", "byte", BYTE.fingerprint, 2, BYTE.eos_id, [shard] * 50)
+    shard = TokenShard(tokens, 1, tokens, "0" * 64)
+    index = CorpusIndex("", "byte", BYTE.fingerprint, 2, BYTE.eos_id, [shard] * 50)
     for number in range(50):
         with open(shard_path(tmp_path, number), "wb") as file:
-            file.truncate(2 * tokens)  # no block is written: zeros that take no room
+            file.truncate(2 * tokens)  # a sparse file: zeros that take no space
             file.seek(0, os.SEEK_END)
             file.write(blank * (2 * tokens // BLOCK_BYTES) + rest)
     index.write(tmp_path)

@@ -1,6 +1,4 @@
-"""The tokenizers: every text round-trips, files are read strictly, and our trainer agrees with a naive
-BPE.
-"""
+"""Tokenizers: every text round-trips, files are read strictly, and the trainer agrees with a naive BPE."""
 
 import base64
 import json
@@ -31,8 +29,8 @@ TEXTS = [
 
 @pytest.mark.parametrize("name", ["byte", "bpe_4096"])
 @pytest.mark.parametrize("text", TEXTS)
-def test_round_trip(name, text):
-    """Any text comes back exactly, and special tokens are never made from text."""
+def test_any_text_round_trips(name, text):
+    """Any text comes back exactly, and encoding a text never makes a special token."""
     tokenizer = build_tokenizer(name)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -40,8 +38,8 @@ def test_round_trip(name, text):
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
 
 
-def test_batch_is_encode():
-    """encode_batch gives what encode gives, also for texts longer than one call of tiktoken can take."""
+def test_encode_batch_equals_encode():
+    """This holds also for texts that are longer than one call of tiktoken can take."""
     tokenizer = build_tokenizer("bpe_4096")
     texts = [*TEXTS, " " * 1_200_000, "é" * (MAX_PIECE_CHARS + 1)]
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
@@ -49,29 +47,28 @@ def test_batch_is_encode():
         assert tokenizer.decode(ids) == text
 
 
-def test_cut_behind_a_line_changes_nothing():
+def test_long_text_cut_at_line_ends_has_the_same_tokens():
     """A long text of lines has the tokens that it has in one piece."""
     tokenizer = build_tokenizer("bpe_4096")
     text = "def function(argument):\n    return argument\n" * (MAX_PIECE_CHARS // 30)
     assert tokenizer.encode(text) == tokenizer._encoding.encode_ordinary(text)
 
 
-def test_half_a_surrogate_pair():
-    """What is no character (JSON can hold it) becomes U+FFFD, and is no error."""
+def test_half_a_surrogate_pair_becomes_ufffd():
+    """It is not a character, but JSON can hold it."""
     tokenizer = build_tokenizer("byte")
     assert tokenizer.decode(tokenizer.encode("a\ud83db")) == "a\ufffdb"
 
 
-def test_decode_of_ids_without_text():
-    """Specials decode to their names; ids beyond the vocabulary, as a padded model can sample them, to
-    U+FFFD.
-    """
+def test_decode_of_unknown_ids_gives_ufffd():
+    """Special tokens decode to their names. Ids beyond the vocabulary, which a padded model can sample, decode to
+    U+FFFD."""
     tokenizer = build_tokenizer("byte")
     assert tokenizer.decode([104, tokenizer.eos_id, 999, 0xFF]) == "h<|end_of_text|>\ufffd\ufffd"
 
 
-def test_shipped_tokenizer():
-    """bpe_4096 has exactly 4096 ids, and makes at least 3 bytes of Python a token."""
+def test_shipped_tokenizers_have_their_sizes():
+    """bpe_4096 has exactly 4096 ids and encodes at least 3 bytes of Python per token; byte has 258 ids."""
     tokenizer = build_tokenizer("bpe_4096")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (4096, 4094, 4095)
     source = Path(base64.__file__).read_text("utf-8")
@@ -81,10 +78,9 @@ def test_shipped_tokenizer():
     assert byte.encode("hi") == [104, 105]
 
 
-def test_llama3_file(tmp_path):
-    """128,000 ranks are Llama 3's: its specials behind them in published order, 128,256 ids; a folder will
-    do.
-    """
+def test_llama3_file_gets_its_specials(tmp_path):
+    """A file of 128,000 ranks gets Llama 3's special tokens in published order, 128,256 ids; its folder may be given
+    too."""
     tokens = BYTES + [b"%06d" % i for i in range(128_000 - 256)]
     write_ranks(tmp_path / "tokenizer.model", tokens)
     tokenizer = build_tokenizer(str(tmp_path))
@@ -96,8 +92,8 @@ def test_llama3_file(tmp_path):
     assert tokenizer.decode(tokenizer.encode("123456 <|eot_id|>")) == "123456 <|eot_id|>"
 
 
-def test_other_file(tmp_path):
-    """Any other file of ranks gets bos and eos as its next ids; the fingerprint tells two files apart."""
+def test_other_file_gets_bos_and_eos(tmp_path):
+    """They are the next two ids. The fingerprints of two different files differ."""
     paths = [tmp_path / "a.tiktoken", tmp_path / "b.tiktoken", tmp_path / "c.tiktoken"]
     for path, token in zip(paths, [b"ab", b"ab", b"ac"], strict=True):
         write_ranks(path, [*BYTES, token])
@@ -110,8 +106,8 @@ def test_other_file(tmp_path):
     assert build_tokenizer(str(paths[0])).fingerprint == c.fingerprint
 
 
-def test_tiktoken_encoding(monkeypatch):
-    """A named encoding keeps its ids and its end of text, and has no bos where it has none."""
+def test_tiktoken_encoding_keeps_its_ids(monkeypatch):
+    """A named encoding keeps its ids and its end of text, and has no bos if the encoding has none."""
     encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=LLAMA3_PATTERN,
@@ -129,13 +125,13 @@ def test_tiktoken_encoding(monkeypatch):
     assert tokenizer.encode("hex") == [256, 120]
 
 
-def test_offline(monkeypatch, tmp_path):
-    """An encoding that cannot be downloaded is one clear line that names what works offline."""
+def test_encoding_without_network_is_a_clear_error(monkeypatch, tmp_path):
+    """The error is one line that names the tokenizers that work offline."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     for scheme in ("http", "https", "all"):
         monkeypatch.setenv(f"{scheme}_proxy", "http://127.0.0.1:9")
     with pytest.raises(
-        ValueError, match=r'^tokenizer "r50k_base" is downloaded .* use one that works offline: "bpe_4096"'
+        ValueError, match=r'^tokenizer "r50k_base" is downloaded .* use a tokenizer that works offline: "bpe_4096"'
     ):
         build_tokenizer("r50k_base")
 
@@ -147,8 +143,8 @@ def error_of(name) -> str:
     return str(error.value)
 
 
-def test_errors(tmp_path):
-    """A wrong name or file is one line with what is wrong and what is valid."""
+def test_build_tokenizer_rejects_wrong_names_and_files(tmp_path):
+    """The error is one line that says what is wrong and what is valid."""
     assert 'did you mean "bpe_4096"? Valid are byte, bpe_4096, gpt2' in error_of("bpe_4069")
     assert "no such file" in error_of(tmp_path / "none.model")
     assert "a folder without a tokenizer.json or tokenizer.model" in error_of(tmp_path)
@@ -163,9 +159,8 @@ def test_errors(tmp_path):
 
 
 def naive_bpe(words: Counter, num_tokens: int) -> list[bytes]:
-    """By definition: encode every word with the tokens there are, count neighbours, add the most frequent,
-    repeat.
-    """
+    """BPE by its definition: encode every word with the present tokens, count neighbours, add the most frequent,
+    repeat."""
     tokens = list(BYTES)
     while len(tokens) < num_tokens:
         encoding = tiktoken.Encoding(
@@ -185,9 +180,7 @@ def naive_bpe(words: Counter, num_tokens: int) -> list[bytes]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_trainer_equals_naive_bpe(seed):
-    """The incremental trainer finds the same tokens, in the same order, as counting everything at each
-    step.
-    """
+    """The incremental trainer finds the same tokens in the same order as counting all neighbours at each step."""
     rng = random.Random(seed)
     # Few letters and long words: many ties, overlaps ("aaaa") and tokens that two different pairs make.
     words = ["".join(rng.choices("aab", k=rng.randint(1, 14))) for _ in range(60)]
@@ -195,8 +188,8 @@ def test_trainer_equals_naive_bpe(seed):
     assert train_bpe(words, 340) == naive_bpe(words, 340)
 
 
-def test_train_script(tmp_path):
-    """From text to a tokenizer of exactly --vocab_size ids; too large a one says what the text can give."""
+def test_train_script_makes_exactly_vocab_size_ids(tmp_path):
+    """If --vocab_size is too large, the error gives the number of tokens that the text can give."""
     (tmp_path / "a.txt").write_text("the theme of the thesis\n" * 9)
     output = tmp_path / "out.tiktoken"
     options = ["--dataset", "text", "--path", str(tmp_path / "a.txt"), "--output", str(output)]
@@ -204,7 +197,7 @@ def test_train_script(tmp_path):
     tokenizer = build_tokenizer(str(output))
     assert tokenizer.vocab_size == 262
     assert b"the" in tokenizer._ranks and len(tokenizer.encode(" the")) < 4
-    with pytest.raises(ValueError, match=r"gives \d+ tokens at most, not 4094"):
+    with pytest.raises(ValueError, match=r"gives at most \d+ tokens, not 4094"):
         train_main([*options, "--vocab_size", "4096"])
     with pytest.raises(ValueError, match="must be at least 258"):
         train_main([*options, "--vocab_size", "200"])
@@ -215,7 +208,7 @@ def test_train_script(tmp_path):
 
 @pytest.fixture
 def hf_folder(tmp_path):
-    """A folder as of DeepSeek or Llama on Hugging Face, with a small byte-level BPE."""
+    """A folder like DeepSeek's or Llama's on Hugging Face, with a small byte-level BPE."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -227,15 +220,15 @@ def hf_folder(tmp_path):
     )
     made.train_from_iterator(["some text to learn some merges from", "and some more text"] * 20, trainer)
     made.save(str(tmp_path / "tokenizer.json"))
-    # As in DeepSeek's folder, a token with its properties, and as in Llama's, its name alone.
+    # DeepSeek's folder gives a token with its properties, Llama's gives the name alone.
     config = {"bos_token": {"content": "<begin>", "lstrip": False}, "eos_token": "<end>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     return tmp_path
 
 
-def test_tokenizer_json(hf_folder):
-    """A Hugging Face folder, or its tokenizer.json, is read by their library: round trips, no special tokens made from
-    text, the same alone and in a batch."""
+def test_tokenizer_json_round_trips(hf_folder):
+    """A folder, or its tokenizer.json, is read by Hugging Face's library. Text never makes special tokens, and a batch
+    gives the same ids as single texts."""
     folder, file = build_tokenizer(str(hf_folder)), build_tokenizer(str(hf_folder / "tokenizer.json"))
     assert folder.fingerprint == file.fingerprint != build_tokenizer("byte").fingerprint
     assert (folder.bos_id, folder.eos_id) == (0, 1) and folder.vocab_size <= 300
@@ -247,8 +240,8 @@ def test_tokenizer_json(hf_folder):
     assert len(folder.encode("some text")) < 5
 
 
-def test_tokenizer_json_errors(hf_folder, monkeypatch):
-    """What is missing is one line: the library, the token that ends documents, a file that is whole."""
+def test_tokenizer_json_rejects_missing_or_torn_files(hf_folder, monkeypatch):
+    """The error is one line that names the library, the token or the file."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(
         ValueError, match=r"tokenizer\.json is read with Hugging Face's tokenizers: pip install tokenizers"
@@ -259,8 +252,10 @@ def test_tokenizer_json_errors(hf_folder, monkeypatch):
     with pytest.raises(ValueError, match=r"tokenizer_config\.json names no eos_token, which ends each document"):
         build_tokenizer(str(hf_folder))
     (hf_folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json, which says .*, cannot be read: No such file"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*tokenizer_config\.json: No such file or directory\. It names the tokens"
+    ):
         build_tokenizer(str(hf_folder / "tokenizer.json"))
     (hf_folder / "tokenizer.json").write_text("{torn")
-    with pytest.raises(ValueError, match=r"tokenizer .*tokenizer\.json: not such a file, or not a whole one"):
+    with pytest.raises(ValueError, match=r"tokenizer .*tokenizer\.json: not a tokenizer\.json, or not a complete one"):
         build_tokenizer(str(hf_folder))

@@ -1,22 +1,25 @@
-"""Held-out loss: exact, the same number in any layout, and unnoticed by training."""
+"""Validation loss: exact, the same number in any layout, and without a trace in training."""
 
 import json
 import math
+import re
 
 import pytest
 import torch
 from helpers.layouts import layout
 from helpers.runs import TINY, argv, options, run_command, series, train_all, train_on, write_ragged_text
-from test_data import BYTE, text_dataset
+from helpers.texts import BYTE, text_dataset
 
 from config import load_config
 from data import build_dataset
 from data.dataset import permute
+from data.prepare import prepare
+from data.sources import build_source
 from model import Transformer
 from train import model_args_of
 
-SAMPLES = 11  # no multiple of anything
-VALIDATE = options(validation__enable="true", validation__interval="2", validation__samples=SAMPLES)
+NUM_SEQUENCES = 11  # not a multiple of any batch size
+VALIDATE = options(validation__enable="true", validation__interval="2", validation__num_sequences=NUM_SEQUENCES)
 METHOD, SCHEDULE = "parallelism__context_parallel_method", "parallelism__pipeline_parallel_schedule"
 LAYOUTS = [
     layout(fsdp=4, accumulation=2),
@@ -37,7 +40,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def references(text, tmp_path_factory):
-    """One process, by model: with validation, and with it at the last step only."""
+    """By model, two runs of one process: with validation every 2 steps, and after the last step only."""
     folder = tmp_path_factory.mktemp("reference")
     models = {made.model: made.settings() for made in LAYOUTS}
     alone = {k: "1" for k in layout().settings() if k.startswith("parallelism.")} | options(
@@ -60,15 +63,15 @@ def trained(text, tmp_path_factory):
     return dict(zip((made.name for made in LAYOUTS), train_all(4, runs), strict=True))
 
 
-def held_out_losses(run: dict) -> dict[int, float]:
+def validation_losses(run: dict) -> dict[int, float]:
     return {row["step"]: row["validation_loss"] for row in run["metrics"] if "validation_loss" in row}
 
 
 @pytest.mark.parametrize("made", LAYOUTS, ids=lambda made: made.name)
-def test_the_same_number_in_any_layout(made, trained, references):
-    """At its steps alone, and the training goes on as in one process."""
+def test_validation_loss_is_the_same_in_any_layout(made, trained, references):
+    """It is measured at its steps only, and the training continues as in one process."""
     run, (reference, _) = trained[made.name], references[made.model]
-    found, expected = held_out_losses(run), held_out_losses(reference)
+    found, expected = validation_losses(run), validation_losses(reference)
     assert list(found) == [2, 3] and found == pytest.approx(expected, rel=1e-9)
     assert series(run, "loss") == pytest.approx(series(reference, "loss"), rel=1e-9)
     assert series(run, "grad_norm") == pytest.approx(series(reference, "grad_norm"), rel=1e-9)
@@ -77,11 +80,11 @@ def test_the_same_number_in_any_layout(made, trained, references):
 
 
 @pytest.mark.parametrize("model", ["grouped", "V3, documents"])
-def test_training_does_not_notice(model, references):
-    """With and without a validation in between: losses, gradients, weights, and how many tokens an expert got, are
-    equal to the last bit."""
+def test_validation_leaves_training_unchanged(model, references):
+    """With and without a validation in between, losses, gradients, weights and the experts' token counts are equal to
+    the last bit."""
     often, rarely = references[model]
-    assert list(held_out_losses(often)) == [2, 3] and list(held_out_losses(rarely)) == [3]
+    assert list(validation_losses(often)) == [2, 3] and list(validation_losses(rarely)) == [3]
     for key in ("loss", "grad_norm"):
         assert series(often, key) == series(rarely, key)
     for ours, theirs in zip(
@@ -91,8 +94,8 @@ def test_training_does_not_notice(model, references):
     assert all(torch.equal(often["weights"][name], rarely["weights"][name]) for name in rarely["weights"])
 
 
-def test_training_does_not_notice_under_fsdp(text, tmp_path):
-    """Nor do weights that FSDP has gathered for it stay behind."""
+def test_validation_leaves_training_unchanged_under_fsdp(text, tmp_path):
+    """Weights that FSDP gathers for validation are freed after it."""
     settings = text | VALIDATE | layout(fsdp=2, accumulation=2).settings()
     often, rarely = train_all(
         2, {tmp_path / "a": settings, tmp_path / "b": settings | options(validation__interval="9")}
@@ -100,34 +103,34 @@ def test_training_does_not_notice_under_fsdp(text, tmp_path):
     assert series(often, "loss") == series(rarely, "loss") and series(often, "grad_norm") == series(rarely, "grad_norm")
 
 
-def test_it_is_the_mean_over_tokens(text, references):
-    """Each held-out sequence alone, its losses summed, divided by all valid tokens."""
+def test_validation_loss_is_the_mean_over_tokens(text, references):
+    """It equals the losses of each held-out sequence by itself, summed and divided by all valid tokens."""
     run, _ = references["grouped"]
     config = load_config(argv(TINY, text))
     model = Transformer(model_args_of(config)).double()
     model.load_state_dict(run["weights"])
     dataset = build_dataset(
-        "text", config.data.path, BYTE, seq_len=32, seed=0, held_out=SAMPLES, cache_folder=config.data.cache_folder
+        "text",
+        config.data.path,
+        BYTE,
+        seq_len=32,
+        seed=0,
+        num_held_out=NUM_SEQUENCES,
+        cache_folder=config.data.cache_folder,
     )
     loss = count = 0
-    for j in range(SAMPLES):
-        sample = {name: tensor[None] for name, tensor in dataset.held_out_sample(j).items()}
+    for j in range(NUM_SEQUENCES):
+        sample = {name: tensor[None] for name, tensor in dataset.held_out()[j].items()}
         loss += model(sample.pop("tokens"), **sample).item()
         count += (sample["labels"] >= 0).sum().item()
-    assert count % SAMPLES != 0  # ragged
-    assert held_out_losses(run)[3] == pytest.approx(loss / count, rel=1e-12)
+    assert count % NUM_SEQUENCES != 0  # sequences hold different numbers of valid tokens
+    assert validation_losses(run)[3] == pytest.approx(loss / count, rel=1e-12)
 
 
-def test_held_out_sequences_are_no_samples(tmp_path):
-    """Held out and samples are together each window once; the held-out ones are the same for any seed, and not all
-    from one place."""
-    text_dataset(tmp_path)
-    whole, *parts = (
-        build_dataset(
-            "text", f"{tmp_path}/texts", BYTE, seq_len=8, seed=seed, held_out=n, cache_folder=tmp_path / "cache"
-        )
-        for seed, n in ((0, 0), (0, 9), (5, 9))
-    )
+def test_held_out_sequences_are_not_samples(tmp_path):
+    """Held-out sequences and samples together are each window once. The held-out sequences are the same for any seed,
+    and come from all over the stream."""
+    whole, *parts = (text_dataset(tmp_path, seed=seed, num_held_out=n) for seed, n in ((0, 0), (0, 9), (5, 9)))
 
     def starts(samples):
         tokens = [tuple(sample["tokens"].tolist()) for sample in samples]
@@ -136,31 +139,31 @@ def test_held_out_sequences_are_no_samples(tmp_path):
     windows = [None] * len(whole)
     for i in range(len(whole)):
         windows[permute(i, len(whole), 0, 0)] = tuple(whole[i]["tokens"].tolist())
-    held_out = [starts(part.held_out_sample(j) for j in range(9)) for part in parts]
+    held_out = [starts(part.held_out()[j] for j in range(9)) for part in parts]
     assert held_out[0] == held_out[1] and max(held_out[0]) - min(held_out[0]) > len(whole) // 2
     for part in parts:
-        assert len(part) == len(whole) - 9
+        assert len(part) == len(whole) - 9 and len(part.held_out()) == 9
         seen = starts(part[i] for i in range(len(part)))
         assert sorted(seen + held_out[0]) == list(range(len(whole)))
-    with pytest.raises(ValueError, match=r"validation\.samples \(99\) would hold out more than half of the data"):
-        build_dataset(
-            "text", f"{tmp_path}/texts", BYTE, seq_len=8, seed=0, held_out=99, cache_folder=tmp_path / "cache"
-        )
+    with pytest.raises(ValueError, match=r"validation\.num_sequences \(99\) would hold out more than half of the data"):
+        text_dataset(tmp_path, num_held_out=99)
 
 
-def test_data_of_its_own(text, tmp_path):
-    """Another text, of which more is asked for than there is, or that is given where it has no effect."""
+def test_validation_on_other_data(text, tmp_path):
+    """validation.path is text or a corpus's folder. To ask for more sequences than it holds, or to give an option
+    without validation.enable, is an error."""
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "abc " * 200}))
-    own = options(
-        validation__enable="true",
-        validation__samples="3",
-        validation__dataset="text",
-        validation__path=tmp_path / "other.jsonl",
+    other = prepare(build_source("text", str(tmp_path / "other.jsonl")), BYTE, tmp_path / "other")
+    losses = []
+    for path in (tmp_path / "other.jsonl", other):
+        validate = options(validation__enable="true", validation__num_sequences="3", validation__path=path)
+        run = train_on(1, tmp_path / f"run of {path.name}", text, validate, options(training__local_batch_size="2"))
+        losses.append(validation_losses(run))
+    assert list(losses[0]) == [3] and losses[0] == losses[1]
+    too_many = options(validation__num_sequences="99", job__dump_folder=tmp_path / "b")
+    ended_well, lines = run_command(1, argv(TINY, text, validate, too_many), tmp_path)
+    assert not ended_well and re.search(
+        r"num_sequences \(99\) is more than there are in .*: use at most 25\.", lines[-1]
     )
-    run = train_on(1, tmp_path / "run", text, own, options(training__local_batch_size="2"))
-    assert list(held_out_losses(run)) == [3]
-    arguments = argv(TINY, text, own, options(validation__samples="99", job__dump_folder=tmp_path / "b"))
-    ended_well, lines = run_command(1, arguments, tmp_path)
-    assert not ended_well and "validation.samples (99) is more than there are: use at most 25." in lines[-1]
     with pytest.raises(ValueError, match=r"validation\.interval has no effect without validation\.enable true"):
         load_config(["--validation.interval", "5"])

@@ -1,10 +1,16 @@
-"""The loss of held-out sequences, every so many steps: the same number in any layout.
+"""The loss of held-out sequences, every interval steps: the same number in any layout.
 
-Each of the sequences counts once: losses and valid tokens are summed over all batches and ranks, and divided at the
-end. (A mean of batches' means depends on how they were cut: pytorch/torchtitan #2366.) Ranks whose share is smaller go
-on with sequences without a label, so that all take the same number of forwards, which communicate (#1617).
+Each sequence counts once: losses and valid tokens are summed over all batches and ranks, and divided at the end. A mean
+of the batches' means would depend on how the sequences were cut into batches (pytorch/torchtitan #2366). A rank with
+fewer sequences continues with sequences without labels, so that every rank takes the same number of forwards, because
+forwards communicate (pytorch/torchtitan #1617).
 
-Training does not notice: no gradient, no count of an expert's tokens, no random number, and no sample is used up.
+Validation leaves no trace in training: it makes no gradient, counts no tokens of experts, draws no random number, and
+consumes no sample.
+
+Proof: tests/test_validation.py::test_validation_loss_is_the_same_in_any_layout,
+tests/test_validation.py::test_validation_loss_is_the_mean_over_tokens,
+tests/test_validation.py::test_validation_leaves_training_unchanged.
 """
 
 import time
@@ -12,77 +18,78 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset, default_collate
 
 from model import IGNORE_INDEX
+from parallelize.mesh import ParallelMesh
 from training.loss import sum_over
+
+Batch = dict[str, Tensor]
 
 
 class Validation:
-    """run() after a step gives nothing, or what `Metrics.log` takes: validation_loss (nats a token),
-    validation_perplexity (its exponential) and validation_seconds.
+    """Measures the loss of samples after every interval steps, and after last_step.
 
-    sample(j) for j below num_samples is a sequence, as the loader's {name: [seq_len]}; forward takes a batch of them
-    and returns this rank's part of their summed loss. The meshes are those of `train.py`."""
+    samples[j] is a sequence, {name: [seq_len]}; with no samples, nothing is measured. A batch holds batch_size
+    sequences of this data rank. to_this_rank(batch) is this rank's part of each sequence, on its device. forward(batch)
+    is this rank's part of the batch's summed loss.
+    """
 
     def __init__(
         self,
-        sample: Callable[[int], dict[str, Tensor]],
-        num_samples: int,
+        samples: Dataset,
         *,
         interval: int,
         last_step: int,
         batch_size: int,
-        data_rank: int,
-        data_ranks: int,
-        forward: Callable[[dict[str, Tensor]], Tensor],
-        place: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        mesh: ParallelMesh,
+        forward: Callable[[Batch], Tensor],
+        to_this_rank: Callable[[Batch], Batch],
         stages: list[nn.Module],
-        loss_mesh: DeviceMesh,
-        pp_mesh: DeviceMesh,
     ):
-        self.sample, self.num_samples, self.interval, self.last_step = sample, num_samples, interval, last_step
-        self.batch_size, self.data_rank, self.data_ranks = batch_size, data_rank, data_ranks
-        self.forward, self.place, self.stages = forward, place, stages
-        self.loss_mesh, self.pp_mesh = loss_mesh, pp_mesh
+        self.samples, self.interval, self.last_step = samples, interval, last_step
+        self.batch_size, self.mesh = batch_size, mesh
+        self.forward, self.to_this_rank, self.stages = forward, to_this_rank, stages
 
-    @torch.no_grad()
-    def run(self, step: int) -> dict[str, float]:
-        """A collective, on every rank at every step."""
-        if step % self.interval and step != self.last_step:
+    def maybe_run(self, step: int) -> dict[str, float]:
+        """validation_loss in nats per token, validation_perplexity (its exponential) and validation_seconds; empty for
+        other steps. A collective: every rank calls it after every step."""
+        if not len(self.samples) or (step % self.interval and step != self.last_step):
             return {}
         start = time.perf_counter()
+        loss = self._mean_loss()
+        return dict(
+            validation_loss=loss.item(),
+            validation_perplexity=loss.exp().item(),
+            validation_seconds=time.perf_counter() - start,
+        )
+
+    @torch.no_grad()
+    def _mean_loss(self) -> Tensor:
         losses, counts = [], []
         for stage in self.stages:
             stage.eval()
-        for batch in self._batches():
-            batch = self.place(batch)
+        for batch in map(self.to_this_rank, self._batches()):
             losses.append(self.forward(batch).double())
             counts.append((batch["labels"] != IGNORE_INDEX).sum())
         for stage in self.stages:
             stage.train()
             for module in stage.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # what was gathered: no backward comes that would free it
-        loss = sum_over(torch.stack(losses).sum(), self.loss_mesh, self.pp_mesh)
-        count = sum_over(torch.stack(counts).sum(), self.loss_mesh).clamp(min=1)
-        mean = loss / count
-        return dict(
-            validation_loss=mean.item(),
-            validation_perplexity=mean.exp().item(),
-            validation_seconds=time.perf_counter() - start,
-        )
+                    module.reshard()  # frees the gathered weights; in training, backward does
+        loss = sum_over(torch.stack(losses).sum(), self.mesh.loss, self.mesh.pp)
+        count = sum_over(torch.stack(counts).sum(), self.mesh.loss)
+        return loss / count.clamp(min=1)
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        at_once = self.batch_size * self.data_ranks
-        for step in range(-(-self.num_samples // at_once)):
-            first = step * at_once + self.data_rank * self.batch_size
+    def _batches(self) -> Iterator[Batch]:
+        at_once = self.batch_size * self.mesh.dp_degree
+        for start in range(0, len(self.samples), at_once):  # as many batches on every rank
+            first = start + self.mesh.dp_rank * self.batch_size
             yield default_collate([self._sample_or_blank(j) for j in range(first, first + self.batch_size)])
 
-    def _sample_or_blank(self, j: int) -> dict[str, Tensor]:
-        if j < self.num_samples:
-            return self.sample(j)
-        blank = self.sample(0)
+    def _sample_or_blank(self, j: int) -> Batch:
+        if j < len(self.samples):
+            return self.samples[j]
+        blank = self.samples[0]
         return blank | {"labels": torch.full_like(blank["labels"], IGNORE_INDEX)}

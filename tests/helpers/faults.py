@@ -66,7 +66,7 @@ def run(arguments: list[str], fault: dict) -> int:
 
 def inject(kind: str, step: int = 0, rank: int = 0) -> None:
     """Makes something go wrong on this rank: at the beginning of a step, in a layer during it, or when it is saved."""
-    import checkpoint.storage
+    import checkpoint.writer
     import train
 
     count_valid_tokens, build_stages, counted = train.count_valid_tokens, train.build_stages, [0]
@@ -101,16 +101,16 @@ def inject(kind: str, step: int = 0, rank: int = 0) -> None:
     def full(*args):
         raise OSError("injected")
 
-    commit = checkpoint.storage._commit
+    commit = checkpoint.writer._commit
     train.count_valid_tokens = count
     if kind == "NCCL's file, elsewhere":
         os.environ["TORCH_FR_DUMP_TEMP_FILE"] = os.path.join(tempfile.mkdtemp(), "rank-")
     if kind in ("nan gradient", "nan forward", "infinite loss"):
         train.build_stages = build
     if kind == "disk full":
-        checkpoint.storage._prepare = full
+        checkpoint.writer._prepare = full
     if kind == "kill in save":
-        checkpoint.storage._commit = save
+        checkpoint.writer._commit = save
 
 
 def hurt(kind: str) -> None:

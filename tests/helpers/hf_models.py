@@ -14,7 +14,7 @@ from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.llama import modeling_llama
 
-from checkpoint.manifest import write_manifest
+from helpers.checkpoints import write_manifest_of
 from hf import load_hf, model_args_of_folder
 from model import ModelArgs, Transformer
 from model.rope import rope_frequencies
@@ -158,7 +158,7 @@ def checkpoint_of(model: Transformer, folder: Path, step: int = 1) -> str:
     path = folder / f"step-{step}"
     dcp.save({f"model.{name}": t.detach() for name, t in tensors_of(model).items()}, checkpoint_id=path, no_dist=True)
     (path / "state.json").write_text(json.dumps(dict(step=step, model_args=dataclasses.asdict(model.args))))
-    write_manifest(path)
+    write_manifest_of(path)
     return str(path)
 
 

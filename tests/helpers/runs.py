@@ -191,9 +191,9 @@ def _command(arguments: list[str], output: str, stop_after: int | None) -> None:
 
     maybe_save = train.CheckpointManager.maybe_save
 
-    def save_and_break_off(self, step, **kwargs):
-        maybe_save(self, step, **kwargs)
-        if step == stop_after:
+    def save_and_break_off(self, state, **kwargs):
+        maybe_save(self, state, **kwargs)
+        if state.step == stop_after:
             print("interrupted for the test", flush=True)
             os._exit(9)
 

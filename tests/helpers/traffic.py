@@ -124,8 +124,8 @@ def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
     meshes = []
     steps = []
 
-    def build(*args):
-        mesh = build_mesh(*args)
+    def build(*args, **degrees):
+        mesh = build_mesh(*args, **degrees)
         meshes.append(mesh)
         groups.update(axes_of(mesh))
         return mesh
@@ -183,7 +183,7 @@ def require(traffic: Traffic, *formulas: Counter) -> None:
     """AssertionError unless the calls are those of the formulas, no more and no fewer."""
     __tracebackhide__ = True
     calls, groups, _ = traffic
-    # An axis that is all of the ranks is the default group, so that two of them may be one.
+    # Axes of the same ranks share a group.
     axes = {group: "=".join(a for a, g in groups.items() if g == group) for group in groups.values()}
     expected = Counter()
     for formula in formulas:
