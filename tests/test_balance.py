@@ -8,9 +8,9 @@ import torch.distributed as dist
 from helpers.layouts import MODELS
 from helpers.ranks import run_ranks
 from helpers.runs import options, train_on, write_ragged_text
-from benchmarks.plot_balance import arguments, loads, write_skewed_text
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.plot_balance import arguments, loads, write_skewed_text
 from model import ModelArgs, Transformer
 from parallelize import init_weights
 from parallelize.activation import apply_activation_checkpointing
