@@ -256,7 +256,6 @@ def load_config(argv: list[str]) -> Config:
     config = Config()
     read_options(config, argv)
     _check(config)
-    _check_composition(config)
     return config
 
 
@@ -272,18 +271,3 @@ def _check(config: Config) -> None:
             f"checkpoint.keep_every ({checkpoint.keep_every}) must be a multiple of checkpoint.interval "
             f"({checkpoint.interval}): other steps are not saved."
         )
-
-
-def _check_composition(config: Config) -> None:
-    """Refuses options that do not compose."""
-    mode, schedule = config.activation_checkpoint.mode, config.parallelism.pipeline_parallel_schedule
-    if mode == "memory_budget" and not config.compile.enable:
-        raise ConfigError('activation_checkpoint.mode "memory_budget" is the compiler\'s; add --compile.enable true.')
-    if schedule in ("InterleavedZeroBubble", "ZBVZeroBubble", "DualPipeV"):
-        # They run a block's backward twice, once for its input and once for its weights.
-        for name, is_on in (("activation_checkpoint.mode", mode != "none"), ("compile.enable", config.compile.enable)):
-            if is_on:
-                raise ConfigError(
-                    f"{name} does not fit {schedule}, which splits each block's backward in two: "
-                    "each part would recompute it; use Interleaved1F1B, or leave it out."
-                )

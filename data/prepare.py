@@ -46,7 +46,7 @@ def prepare(
     thread for each core. report is called after each shard with the number of finished shards, the number of all
     shards, and the shard. Each process needs memory in proportion to BATCH_CHARS and to the longest document. Raises
     ConfigError if there is no text, a document cannot be read, or the folder cannot be written or holds a different
-    corpus. """
+    corpus."""
     folder = Path(folder)
     key = cache_key(source, tokenizer, shard_bytes)
     bytes_per_id = _bytes_per_id(tokenizer)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.cuda_runs import needs_gpu
+from helpers.flavors import BUILT_IN_FLAVORS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import FLAVORS, ModelArgs, Transformer
+from model import ModelArgs, Transformer
 from model.attention import CoreAttention, DocumentMask
 from model.init import fill_initial_values
 from model.moe import experts_grouped, experts_in_a_loop
@@ -99,10 +100,10 @@ def heads(batch: int, seq: int, n_heads: int, n_kv_heads: int, d_qk: int, d_v: i
     ]
 
 
-@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("flavor", BUILT_IN_FLAVORS)
 def test_attention_takes_a_fused_kernel(flavor):
     """For the heads of every named model, forward and backward: nothing of batch x heads x seq x seq is made."""
-    args = FLAVORS[flavor]
+    args = BUILT_IN_FLAVORS[flavor]
     q, k, v, gradient = heads(1, 1024, args.n_heads, args.n_kv_heads, args.head_dim, args.value_head_dim)
     with Kernels() as kernels:
         CoreAttention()(q.requires_grad_(), k.requires_grad_(), v.requires_grad_()).backward(gradient)
@@ -164,7 +165,7 @@ def test_attention_of_context_ranks(monkeypatch):
         assert error_of_one < 0.01 and error_of_four < 3 * error_of_one, (name, error_of_one, error_of_four)
 
 
-HEADS = {(a.head_dim, a.value_head_dim, a.n_heads > a.n_kv_heads) for a in FLAVORS.values()}
+HEADS = {(a.head_dim, a.value_head_dim, a.n_heads > a.n_kv_heads) for a in BUILT_IN_FLAVORS.values()}
 
 
 @pytest.mark.parametrize("d_qk, d_v, grouped", sorted(HEADS))

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from helpers.flavors import BUILT_IN_FLAVORS
 from helpers.hf_models import (
     DEEPSEEK,
     LATENT,
@@ -26,7 +27,7 @@ from hf.config import config_of_model
 from hf.families import FAMILIES
 from hf.names import hf_tensor_of
 from hf.safetensors import TensorReader, write_tensors
-from model import FLAVORS, Transformer, get_flavor, num_params
+from model import Transformer, get_flavor, num_params
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +80,7 @@ def test_get_model_args_rejects_weights_of_another_model(sources):
 # ------------------------------------------------------------------------------------------------ names
 
 
-@pytest.mark.parametrize("flavor", FLAVORS)
+@pytest.mark.parametrize("flavor", BUILT_IN_FLAVORS)
 def test_every_tensor_of_a_flavor_has_its_own_hf_name(flavor):
     """The maps of the family know each tensor, and no two of our tensors have one name there."""
     args = dataclasses.replace(get_flavor(flavor), n_layers=4, n_experts=min(16, get_flavor(flavor).n_experts))
@@ -238,7 +239,7 @@ def test_tied_model_rejects_untied_folder(sources):
         load_ours(folder, args=dataclasses.replace(model_args_of_folder(str(folder)), tie_embeddings=True))
 
 
-@pytest.mark.parametrize("name", FLAVORS)
+@pytest.mark.parametrize("name", BUILT_IN_FLAVORS)
 def test_flavor_survives_config_json(name, tmp_path):
     """A flavor that is written as config.json and read again is the same, except for what only training uses."""
     args = get_flavor(name)

@@ -26,7 +26,7 @@ MIXTURE = {  # sizes that the grouped product takes
     "model.attention": "mla", "model.n_kv_heads": "4", "model.q_lora_rank": "64", "model.kv_lora_rank": "64",
     "model.qk_nope_head_dim": "64", "model.qk_rope_head_dim": "32", "model.v_head_dim": "64", "model.n_experts": "8",
     "model.top_k": "2", "model.n_shared_experts": "1", "model.moe_hidden_dim": "128",
-    "model.n_dense_layers": "1", "model.score_function": "sigmoid", "model.route_norm": "true",
+    "model.n_dense_layers": "1", "model.flavor": "test_sigmoid_norm",
     "model.expert_bias": "true", "model.balance_loss_weight": "0.001", "model.n_mtp_layers": "1",
 }  # fmt: skip
 
