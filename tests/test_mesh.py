@@ -70,6 +70,7 @@ def test_suggested_layouts_fit():
 def _ranks_of_axes():
     init_distributed("cpu", 60)
     mesh = build_mesh("cpu", 8, dp_replicate=2, cp=2, tp=2, ep=4)
+    dist.barrier()  # rank 0 has the store, through which the others may still be making their groups
     axes = {axis: mesh.world[axis] for axis in mesh.world.mesh_dim_names}
     axes |= dict(fsdp=mesh.dense["fsdp"], ep=mesh.ep, loss=mesh.loss, tokens=mesh.tokens, sequence=mesh.sequence)
     return {name: dist.get_process_group_ranks(m.get_group()) for name, m in axes.items()}, mesh.dp_rank, mesh.dp_degree
@@ -224,13 +225,14 @@ def _initial_weights(shape: dict, degrees: dict):
     mesh = build_mesh("cpu", dist.get_world_size(), **degrees)
     held = {}
     for stage in parallelize_pipeline(model, mesh.pp, schedule="Interleaved1F1B", stages_per_rank=0):
-        parallelize_tensor(stage, mesh.tp, seq_len=16, use_async=False)
+        parallelize_tensor(stage, mesh.tp)
         precision = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         parallelize_data(stage, mesh.fsdp, **precision, reshard_after_forward=True, cpu_offload=False)
         stage.to_empty(device="cpu")
         init_weights(stage, args, seed=3)
         for name, p in stage.named_parameters():
             held[name] = (p.shape, held_indices(p), p.to_local().detach() if isinstance(p, DTensor) else p.detach())
+    dist.barrier()  # rank 0 has the store, through which the others may still be making their groups
     return held
 
 
