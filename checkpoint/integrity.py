@@ -23,27 +23,19 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from errors import ConfigError
-from files import is_plain_name, write_json
+from files import is_plain_name
 
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
-BLOCK = 2**20  # bytes that are hashed at a time
-
-# --------------------------------------------------------------------------------------------- damage
 
 
 def digest(path: str) -> dict[str, Any]:
     """Returns the manifest's entry of a file: its size in bytes and its SHA-256."""
     sha256, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(2**20):
             sha256.update(block)
             size += len(block)
     return dict(bytes=size, sha256=sha256.hexdigest())
-
-
-def write_manifest(folder: str, entries: dict[str, dict]) -> None:
-    """Writes the manifest; entries: the `digest` of each file by name."""
-    write_json(os.path.join(folder, MANIFEST), dict(files=dict(sorted(entries.items()))))
 
 
 def find_damage(folder: str, part: int = 0, parts: int = 1) -> str | None:
@@ -83,8 +75,6 @@ def _find_damage(folder: str, part: int, parts: int) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------- hostile files
-
 # Module -> names, as torch 2.11 to 2.13 write them. _get_layout only looks a name up in a fixed table.
 ALLOWED = {
     "torch.distributed.checkpoint.metadata": [
@@ -106,6 +96,22 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _load_metadata(path: str) -> Metadata:
+    with open(path, "rb") as file:
+        metadata = _Unpickler(file).load()
+    if type(metadata) is not Metadata:
+        raise ConfigError("it is not of the class Metadata")
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(entry) is not TensorStorageMetadata:
+            raise ConfigError(f"{name} is not a tensor")
+    for info in metadata.storage_data.values():
+        if not is_plain_name(info.relative_path):
+            raise ConfigError(f"it names the file {info.relative_path}")
+        if info.transform_descriptors:
+            raise ConfigError(f"{info.relative_path} is encoded by {info.transform_descriptors}")
+    return metadata
+
+
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader of a checkpoint folder, but it runs no code from it. ConfigError if the metadata is not what DCP
     writes for tensors, or if it names a file outside of the folder."""
@@ -115,27 +121,11 @@ class SafeReader(dcp.FileSystemReader):
         self.folder, self.metadata = folder, None
 
     def read_metadata(self, *_, **__) -> Metadata:
-        if self.metadata is None:  # The file is read once, however many loads follow.
-            path = os.path.join(self.folder, METADATA)
-            try:
-                with open(path, "rb") as file:
-                    self.metadata = _Unpickler(file).load()
-                self._require_only_tensors()
-            except OSError as error:
-                raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
-            except Exception as error:  # A damaged pickle can raise anything.
-                raise ConfigError(f"{path} is not what torch writes for tensors: {error}; it was not loaded.") from None
+        path = os.path.join(self.folder, METADATA)
+        try:
+            self.metadata = self.metadata or _load_metadata(path)  # read once, however many loads follow
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
+        except Exception as error:  # A damaged pickle can raise anything.
+            raise ConfigError(f"{path} is not what torch writes for tensors: {error}; it was not loaded.") from None
         return self.metadata
-
-    def _require_only_tensors(self) -> None:
-        metadata = self.metadata
-        if type(metadata) is not Metadata:
-            raise ConfigError("it is not of the class Metadata")
-        for name, entry in metadata.state_dict_metadata.items():
-            if type(entry) is not TensorStorageMetadata:
-                raise ConfigError(f"{name} is not a tensor")
-        for info in metadata.storage_data.values():
-            if not is_plain_name(info.relative_path):
-                raise ConfigError(f"it names the file {info.relative_path}")
-            if info.transform_descriptors:
-                raise ConfigError(f"{info.relative_path} is encoded by {info.transform_descriptors}")
