@@ -30,48 +30,42 @@ MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
 
 def digest(path: str) -> dict[str, Any]:
     """Returns the manifest's entry of a file: its size in bytes and its SHA-256."""
-    sha256, size = hashlib.sha256(), 0
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             sha256.update(block)
-            size += len(block)
-    return dict(bytes=size, sha256=sha256.hexdigest())
+        return dict(bytes=file.tell(), sha256=sha256.hexdigest())
 
 
 def find_damage(folder: str, part: int = 0, parts: int = 1) -> str | None:
     """Returns why a folder is not a complete and intact checkpoint, or None if it is one. Of the files' contents a call
     checks one part of `parts`, counted from 0. ConfigError if the file system fails."""
     try:
-        return _find_damage(folder, part, parts)
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            entries = json.load(file)["files"]
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+        for name in (METADATA, STATE):
+            if name not in expected:
+                return f"its {MANIFEST} does not list {name}"
+        for name, (size, _) in expected.items():
+            if not is_plain_name(name):
+                return f'its {MANIFEST} names "{name}", which is not a file in it'
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                return f"its {name} is a link, which may lead out of it"
+            if os.stat(path).st_size != size:
+                return f"its {name} has {os.stat(path).st_size:,} bytes, {size:,} were written"
+        # Largest first, so that all ranks hash about the same number of bytes.
+        by_size = sorted(expected, key=lambda name: (-expected[name][0], name))
+        for name in by_size[part::parts]:
+            if digest(os.path.join(folder, name))["sha256"] != expected[name][1]:
+                return f"its {name} is not what was written (SHA-256)"
     except FileNotFoundError as error:
         return f"it has no {os.path.basename(error.filename)}"
     except OSError as error:  # A disk or permission error may go away: the checkpoint is not to blame.
         raise ConfigError(f"cannot read {error.filename or folder}: {error.strerror}.") from None
-
-
-def _find_damage(folder: str, part: int, parts: int) -> str | None:
-    try:
-        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-            entries = json.load(file)["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} is damaged"
-    for name in (METADATA, STATE):
-        if name not in expected:
-            return f"its {MANIFEST} does not list {name}"
-    for name, (size, _) in expected.items():
-        if not is_plain_name(name):
-            return f'its {MANIFEST} names "{name}", which is not a file in it'
-        path = os.path.join(folder, name)
-        if os.path.islink(path):
-            return f"its {name} is a link, which may lead out of it"
-        if os.stat(path).st_size != size:
-            return f"its {name} has {os.stat(path).st_size:,} bytes, {size:,} were written"
-    # Largest first, so that all ranks hash about the same number of bytes.
-    by_size = sorted(expected, key=lambda name: (-expected[name][0], name))
-    for name in by_size[part::parts]:
-        if digest(os.path.join(folder, name))["sha256"] != expected[name][1]:
-            return f"its {name} is not what was written (SHA-256)"
     return None
 
 
@@ -116,14 +110,12 @@ class SafeReader(dcp.FileSystemReader):
     """DCP's reader of a checkpoint folder, but it runs no code from it. ConfigError if the metadata is not what DCP
     writes for tensors, or if it names a file outside of the folder."""
 
-    def __init__(self, folder: str):
-        super().__init__(folder)
-        self.folder, self.metadata = folder, None
+    metadata: Metadata | None = None  # read once, however many loads follow
 
     def read_metadata(self, *_, **__) -> Metadata:
-        path = os.path.join(self.folder, METADATA)
+        path = os.path.join(self.path, METADATA)
         try:
-            self.metadata = self.metadata or _load_metadata(path)  # read once, however many loads follow
+            self.metadata = self.metadata or _load_metadata(path)
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
         except Exception as error:  # A damaged pickle can raise anything.

@@ -144,10 +144,8 @@ class CheckpointManager:
     def load(self, state: TrainState) -> None:
         """Resumes from load_step or, if that is -1, from the newest intact checkpoint, and sets the numbers of `state`.
         If there is no checkpoint, loads the weights of initial_load_path, if given, and `state` stays as it is.
-
         ConfigError if load_step is missing or damaged, if all checkpoints are damaged, or if a checkpoint is of another
-        model. The run never starts anew instead.
-        """
+        model: the run never starts anew instead."""
         step = self._step_to_resume() if self.enable else None
         if step is None:
             if self.initial_load_path:
@@ -223,18 +221,11 @@ class CheckpointManager:
         found = [damage for damage in gather_objects(damage, self.group) if damage]
         if found:
             return found[0]
-
-        def read() -> None:  # Files that are as they were written may still be no checkpoint.
-            SafeReader(path).read_metadata()
-            read_state(path)
-
-        try:
-            on_rank0(read, self.group)
+        try:  # Files that are as they were written may still be no checkpoint.
+            on_rank0(lambda: bool(SafeReader(path).read_metadata() and read_state(path)), self.group)
         except ConfigError as error:
             return str(error).rstrip(".")
         return None
-
-    # --------------------------------------------------------------------------------------------- folder
 
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"step-{step}")
@@ -244,8 +235,7 @@ class CheckpointManager:
         return sorted(name for name in names if name.startswith(prefix))
 
     def _steps(self) -> list[int]:
-        numbers = [name.removeprefix("step-") for name in self._names("step-")]
-        return sorted(int(number) for number in numbers if number.isdecimal())
+        return sorted(int(name[5:]) for name in self._names("step-") if name[5:].isdecimal())
 
     def _set_aside(self, step: int, prefix: str, why: str) -> None:
         """Renames a checkpoint, so that no later start resumes from it. It is never deleted."""

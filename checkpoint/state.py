@@ -89,7 +89,7 @@ class ModelState:
         """Fills tensors (by name) in place from a checkpoint. A collective. ConfigError, before anything is read, if a
         model argument differs that does not begin with one of ignored_args, if a tensor is missing or has another
         shape, and, unless may_cast, if it has another dtype."""
-        path, stored, ours = reader.folder, reader.read_metadata().state_dict_metadata, vars(self.model_args)
+        path, stored, ours = reader.path, reader.read_metadata().state_dict_metadata, vars(self.model_args)
         differ = [
             f"{name} is {value} there, {ours.get(name)} here"
             for name, value in read_state(path)["model_args"].items()

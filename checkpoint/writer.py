@@ -15,7 +15,7 @@ tests/test_saves.py::test_asynchronous_save_holds_the_weights_of_its_step.
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,6 @@ from files import write_json
 from torch_private import dtensor_with
 
 PARTIAL, SUPERSEDED = "incomplete-", "superseded-"
-T = TypeVar("T")
 
 
 class Staging:
@@ -47,7 +46,6 @@ class Staging:
 
     def copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """Returns the copies, and a function that blocks until they are complete."""
-        self.memory = {name: buffer for name, buffer in self.memory.items() if name in tensors}
         if self.stream is None:
             return {name: self._copy(name, tensor) for name, tensor in tensors.items()}, lambda: None
         self.stream.wait_stream(torch.cuda.current_stream())  # The last optimizer step may still be running.
@@ -63,11 +61,10 @@ class Staging:
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         local = local_tensor(tensor.detach())
-        buffer = self.memory.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+        if name not in self.memory:
             pin = self.pinned and local.device.type == "cuda"
-            buffer = self.memory[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
-        buffer.copy_(local, non_blocking=self.pinned)
+            self.memory[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
+        buffer = self.memory[name].copy_(local, non_blocking=self.pinned)
         if self.stream is not None and local.device.type == "cuda":
             local.record_stream(self.stream)  # A temporary tensor must live until it is copied.
         return dtensor_with(buffer, tensor) if isinstance(tensor, DTensor) else buffer
@@ -94,7 +91,7 @@ def write_checkpoint(folder: str, name: str, tensors: dict[str, Tensor], state: 
         raise
 
 
-def all_or_fail(do: Callable[[], T], group) -> list[T]:
+def all_or_fail(do: Callable[[], Any], group) -> list[Any]:
     """Calls `do` on every rank and returns the results of all ranks; SaveFailed on all ranks if it failed on any."""
     errors, value = {}, None
     try:
@@ -114,7 +111,7 @@ def all_or_fail(do: Callable[[], T], group) -> list[T]:
 
 
 def _is_first_replica(tensor: Tensor) -> bool:
-    """Whether this rank writes its part of a tensor: of the replicas of a shard only the first is written."""
+    """Whether this rank writes its shard of a tensor; the other replicas of the shard are not written."""
     if not isinstance(tensor, DTensor):
         return True
     axes = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)

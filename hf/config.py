@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from errors import ConfigError
-from hf.families import FAMILIES, ConfigFile, Family, effective_n_group_topk
+from hf.families import FAMILIES, ConfigFile, Family
 from model import ModelArgs, get_flavor
 
 # The parameters of each scaling of RoPE: `factor` is rope_factor of ModelArgs. YaRN's betas have defaults there.
@@ -25,19 +25,16 @@ BETAS = ("beta_fast", "beta_slow")
 
 def get_model_args(flavor: str, initial_hf_folder: str = "", **overrides: Any) -> ModelArgs:
     """The model of a run: the shape of a flavor, with every override that is not None. `flavor` is a name of
-    model/flavors.py, or "hf:FOLDER" for the shape in the folder's config.json. initial_hf_folder is the folder that the
-    weights are loaded from: unless it is the flavor's folder, it must describe the same model.
-
-    Raises ConfigError for sizes that do not fit together and for a folder of another model.
-    """
+    model/flavors.py, or "hf:FOLDER" for the shape in the folder's config.json. The folder that the weights are loaded
+    from, initial_hf_folder, must describe the same model unless it is the flavor's folder. Raises ConfigError for sizes
+    that do not fit together and for a folder of another model."""
     folder = flavor.removeprefix("hf:") if flavor.startswith("hf:") else None
     try:
         shape = get_flavor(flavor) if folder is None else model_args_of_folder(folder)
         args = replace(shape, **{name: value for name, value in overrides.items() if value is not None})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    is_same_folder = folder is not None and os.path.realpath(folder) == os.path.realpath(initial_hf_folder)
-    if initial_hf_folder and not is_same_folder:
+    if initial_hf_folder and (folder is None or os.path.realpath(folder) != os.path.realpath(initial_hf_folder)):
         require_same_model(args, initial_hf_folder)
     return args
 
@@ -94,14 +91,18 @@ def family_of_config(config: ConfigFile) -> Family:
 
 def family_of_model(args: ModelArgs) -> Family:
     """The family that computes the model of `args`. Raises ConfigError if there is none."""
+    values = dict(vars(args))
+    if args.n_experts == 0:
+        values |= dict(score_function=None, n_group_topk=None)
+    elif args.topk_group >= args.n_expert_groups:
+        values["n_group_topk"] = None
     for family in FAMILIES:
-        if family.computes(args):
+        if all(values[name] in allowed for name, allowed in family.computes.items()):
             return family
-    names = ("attention", "n_experts", "score_function", "route_norm", "expert_bias", "n_mtp_layers")
-    values = {name: getattr(args, name) for name in names} | dict(n_group_topk=effective_n_group_topk(args))
+    names = sorted({name for family in FAMILIES for name in family.computes})
     raise ConfigError(
         f"none of {', '.join(family.architecture for family in FAMILIES)} computes a model with "
-        f"{', '.join(f'{name} {value}' for name, value in values.items())}. scripts/export_hf.py --skip_mtp leaves the "
+        f"{', '.join(f'{name} {values[name]}' for name in names)}. scripts/export_hf.py --skip_mtp leaves the "
         "layers of multi-token prediction out."
     )
 

@@ -21,7 +21,7 @@ from errors import ConfigError
 from files import write_json
 from hf.config import config_of_model, family_of_model
 from hf.families import ConfigFile
-from hf.names import HFTensor, duplicates_in_hf, hf_tensor_of, sort_key
+from hf.names import HFTensor, hf_tensor_of, mtp_copies_in_hf, sort_key
 from hf.safetensors import write_tensors
 from model import ModelArgs
 
@@ -66,8 +66,7 @@ def export_hf(
     }
     sources = [(name, hf_tensor_of(name, args, family, config)) for name in stored]
     # A tied head is not stored in the folder. The copies of embedding and head in MTP layers are.
-    duplicates = duplicates_in_hf(args, family, is_head_tied=False)
-    sources += [(name, HFTensor((hf_name,))) for hf_name, name in duplicates.items()]
+    sources += [(name, HFTensor((hf_name,))) for hf_name, name in mtp_copies_in_hf(args, family).items()]
     sources.sort(key=lambda item: sort_key(item[1].names[0]))
 
     def dtype_of(name: str) -> torch.dtype:
@@ -86,11 +85,7 @@ def export_hf(
         else:
             yield tensor
 
-    layout = [
-        (hf_name, source.shape(stored[name].size), dtype_of(name))
-        for name, source in sources
-        for hf_name in source.names
-    ]
+    layout = [(n, source.shape(stored[name].size), dtype_of(name)) for name, source in sources for n in source.names]
     tensors = (tensor for source in sources for tensor in to_hf(*source))
     os.makedirs(folder, exist_ok=True)
     write_tensors(folder, layout, tensors, max_bytes)

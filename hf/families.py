@@ -39,7 +39,7 @@ class Family:
 
     architecture: str
     model_type: str
-    computes: Callable[[ModelArgs], bool]  # whether the architecture computes the model of these args
+    computes: dict[str, tuple]  # field of ModelArgs -> values that it has here; None where the field has no effect
 
     # config.json
     fields: dict[str, tuple[str, Any]]  # its scalar field -> (ModelArgs field, value if absent)
@@ -61,29 +61,21 @@ class Family:
 
 REQUIRED = None  # the default of a field that a folder must have
 FIELDS = {
-    "hidden_size": ("dim", REQUIRED),
-    "num_hidden_layers": ("n_layers", REQUIRED),
-    "num_attention_heads": ("n_heads", REQUIRED),
-    "intermediate_size": ("hidden_dim", REQUIRED),
-    "vocab_size": ("vocab_size", REQUIRED),
-    "max_position_embeddings": ("max_seq_len", REQUIRED),
-    "rms_norm_eps": ("norm_eps", REQUIRED),
-    "tie_word_embeddings": ("tie_embeddings", False),
+    "hidden_size": ("dim", REQUIRED),              "num_hidden_layers": ("n_layers", REQUIRED),
+    "num_attention_heads": ("n_heads", REQUIRED),  "intermediate_size": ("hidden_dim", REQUIRED),
+    "vocab_size": ("vocab_size", REQUIRED),        "max_position_embeddings": ("max_seq_len", REQUIRED),
+    "rms_norm_eps": ("norm_eps", REQUIRED),        "tie_word_embeddings": ("tie_embeddings", False),
     "initializer_range": ("init_std", 0.02),
-}
+}  # fmt: skip
 MLA_FIELDS = {"q_lora_rank": ("q_lora_rank", 0)}
 MLA_FIELDS |= {n: (n, REQUIRED) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
 MOE_FIELDS = {
-    "n_routed_experts": ("n_experts", 0),
-    "num_experts_per_tok": ("top_k", 0),
-    "n_shared_experts": ("n_shared_experts", 0),
-    "moe_intermediate_size": ("moe_hidden_dim", 0),
-    "first_k_dense_replace": ("n_dense_layers", 0),
-    "n_group": ("n_expert_groups", 1),
-    "topk_group": ("topk_group", 1),
-    "norm_topk_prob": ("route_norm", False),
+    "n_routed_experts": ("n_experts", 0),            "num_experts_per_tok": ("top_k", 0),
+    "n_shared_experts": ("n_shared_experts", 0),     "moe_intermediate_size": ("moe_hidden_dim", 0),
+    "first_k_dense_replace": ("n_dense_layers", 0),  "n_group": ("n_expert_groups", 1),
+    "topk_group": ("topk_group", 1),                 "norm_topk_prob": ("route_norm", False),
     "routed_scaling_factor": ("route_scale", 1.0),
-}
+}  # fmt: skip
 MTP_FIELDS = {"num_nextn_predict_layers": ("n_mtp_layers", 0)}
 ALLOWED = dict(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), pretraining_tp=(1,))
 
@@ -93,23 +85,16 @@ TOP_LEVEL = {  # the same in all families
     "output.weight": "lm_head.weight",
 }
 BLOCK = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
+    "attention_norm": "input_layernorm",     "attention.wq": "self_attn.q_proj",
+    "ffn_norm": "post_attention_layernorm",  "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
 GQA = {"attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj"}
 MLA = {
-    "attention.wq_a": "self_attn.q_a_proj",
-    "attention.q_norm": "self_attn.q_a_layernorm",
-    "attention.wq_b": "self_attn.q_b_proj",
-    "attention.wkv_a": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_norm": "self_attn.kv_a_layernorm",
-    "attention.wkv_b": "self_attn.kv_b_proj",
-}
+    "attention.wq_a": "self_attn.q_a_proj",           "attention.q_norm": "self_attn.q_a_layernorm",
+    "attention.wq_b": "self_attn.q_b_proj",           "attention.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_norm": "self_attn.kv_a_layernorm",  "attention.wkv_b": "self_attn.kv_b_proj",
+}  # fmt: skip
 MOE = {
     "moe.router": "mlp.gate",
     "moe.experts.w1": "mlp.experts.{expert}.gate_proj.weight",
@@ -156,29 +141,13 @@ def _write_v3(args: ModelArgs) -> dict[str, Any]:
     return written | (dense if args.n_experts == 0 else {})
 
 
-def _is_v2(args: ModelArgs) -> bool:
-    scores = args.score_function == "softmax" and not args.route_norm and not args.expert_bias
-    has_v2_router = args.n_experts > 0 and scores and effective_n_group_topk(args) in (1, None)
-    return args.attention == "mla" and has_v2_router and args.n_mtp_layers == 0
-
-
-def _is_v3(args: ModelArgs) -> bool:
-    has_v3_router = args.score_function == "sigmoid" and effective_n_group_topk(args) in (2, None)
-    return args.attention == "mla" and (args.n_experts == 0 or has_v3_router)
-
-
-def effective_n_group_topk(args: ModelArgs) -> int | None:
-    """n_group_topk; None where it has no effect, because there are no experts or no group is left out."""
-    return args.n_group_topk if args.n_experts > 0 and args.topk_group < args.n_expert_groups else None
-
-
 # ------------------------------------------------------------------------------------------------- the table
 
 FAMILIES = (
     Family(
         architecture="LlamaForCausalLM",
         model_type="llama",
-        computes=lambda args: args.attention == "gqa" and args.n_experts == 0 and args.n_mtp_layers == 0,
+        computes=dict(attention=("gqa",), n_experts=(0,), n_mtp_layers=(0,)),
         fields=FIELDS,
         allowed=ALLOWED,
         args=dict(attention="gqa"),
@@ -190,7 +159,14 @@ FAMILIES = (
     Family(
         architecture="DeepseekV2ForCausalLM",
         model_type="deepseek_v2",
-        computes=_is_v2,
+        computes=dict(
+            attention=("mla",),
+            score_function=("softmax",),
+            route_norm=(False,),
+            expert_bias=(False,),
+            n_group_topk=(1, None),
+            n_mtp_layers=(0,),
+        ),
         fields=FIELDS | MLA_FIELDS | MOE_FIELDS,
         allowed=dict(
             ALLOWED,
@@ -209,7 +185,7 @@ FAMILIES = (
     Family(
         architecture="DeepseekV3ForCausalLM",
         model_type="deepseek_v3",
-        computes=_is_v3,
+        computes=dict(attention=("mla",), score_function=("sigmoid", None), n_group_topk=(2, None)),
         fields=FIELDS | MLA_FIELDS | MOE_FIELDS | MTP_FIELDS,
         allowed=dict(ALLOWED, moe_layer_freq=(1,), scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
         args=dict(attention="mla", score_function="sigmoid", expert_bias=True, n_group_topk=2),

@@ -1,6 +1,4 @@
-"""Loads the weights of a Hugging Face folder into a model in any layout.
-
-Each rank reads, of each tensor, only the rectangle that it holds.
+"""Loads the weights of a Hugging Face folder into a model in any layout. Each rank reads only what it holds.
 
 Proof: tests/test_hf.py::test_logits_equal_transformers, tests/test_hf.py::test_mtp_logits_equal_transformers,
 tests/test_hf_layouts.py::test_load_in_each_layout_equals_one_process,
@@ -14,7 +12,7 @@ from collectives import local_tensor
 from errors import ConfigError
 from hf.config import family_of_config, model_args_of_folder
 from hf.families import TOP_LEVEL, ConfigFile
-from hf.names import HFTensor, duplicates_in_hf, hf_tensor_of, layer_of, sort_key
+from hf.names import HFTensor, hf_tensor_of, layer_of, mtp_copies_in_hf, sort_key
 from hf.safetensors import TensorReader
 from model import ModelArgs, Transformer
 from parallelize.init import held_indices
@@ -30,12 +28,14 @@ def load_hf(folder: str, tensors: dict[str, Tensor], args: ModelArgs) -> None:
     with torch.device("meta"):
         names = Transformer(args).state_dict().keys()
     sources = {name: hf_tensor_of(name, args, family, config) for name in names}
+    repeated, head = set(mtp_copies_in_hf(args, family)), TOP_LEVEL["output.weight"]
     if args.tie_embeddings:
         del sources["output.weight"]
-    elif is_tied_there and TOP_LEVEL["output.weight"] not in reader.file_of:
+        repeated |= {head} if is_tied_there else set()
+    elif is_tied_there and head not in reader.file_of:
         # Tied there and not here: our head starts as a copy of the embedding.
         sources["output.weight"] = HFTensor((TOP_LEVEL["tok_embeddings.weight"],))
-    _require_all(reader, sources, duplicates_in_hf(args, family, is_tied_there), args)
+    _require_all(reader, {name for source in sources.values() for name in source.names}, repeated, args)
     for name, tensor in tensors.items():
         expected = sources[name].shape(tensor.shape)
         for hf_name in sources[name].names:
@@ -57,23 +57,21 @@ def load_hf(folder: str, tensors: dict[str, Tensor], args: ModelArgs) -> None:
             local.copy_(reader.read(source.names[0], [rows, *held[1:]]))
 
 
-def _require_all(reader: TensorReader, sources: dict[str, HFTensor], duplicates: dict[str, str], args: ModelArgs):
-    """Raises ConfigError for a tensor that the folder lacks, and for a tensor in the folder, other than a duplicate,
-    that the model lacks. Layers beyond the model's last are only reported."""
-    needed = {name for source in sources.values() for name in source.names}
+def _require_all(reader: TensorReader, needed: set[str], repeated: set[str], args: ModelArgs) -> None:
+    """Raises ConfigError for a tensor that the folder lacks, and for a tensor that the model lacks, unless it repeats
+    another. Layers beyond the model's last are only reported."""
+    folder, num_layers = reader.folder, args.n_layers + args.n_mtp_layers
     missing = sorted(needed - reader.file_of.keys(), key=sort_key)
     if missing:
         is_mtp = layer_of(missing[0]) >= args.n_layers
         cure = "; without multi-token prediction: --model.n_mtp_layers 0" if is_mtp else ""
-        raise ConfigError(f"{reader.folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
-    known = needed | duplicates.keys()
+        raise ConfigError(f"{folder} has no {missing[0]} ({len(missing)} tensors are missing){cure}.")
+    known = needed | repeated
     known |= {f"{name}_scale_inv" for name in known}
     unread = [n for n in reader.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
-    beyond = {layer_of(name) for name in unread if layer_of(name) >= args.n_layers + args.n_mtp_layers}
-    unread = sorted((name for name in unread if layer_of(name) not in beyond), key=sort_key)
+    beyond = sorted({layer_of(name) for name in unread if layer_of(name) >= num_layers})
+    unread = sorted((name for name in unread if layer_of(name) < num_layers), key=sort_key)
     if unread:
-        raise ConfigError(
-            f"{reader.folder} has {unread[0]}, which the model has no place for ({len(unread)} such tensors)."
-        )
+        raise ConfigError(f"{folder} has {unread[0]}, which the model has no place for ({len(unread)} such tensors).")
     if beyond and rank() == 0:
-        print(f"{reader.folder}: layers {sorted(beyond)} are left out, because the model has fewer", flush=True)
+        print(f"{folder}: layers {beyond} are left out, because the model has fewer", flush=True)

@@ -59,15 +59,14 @@ def hf_tensor_of(name: str, args: ModelArgs, family: Family, config: dict[str, A
     return HFTensor((their_name,), head_rows=head_rows, rotated_rows=args.rope_dim)
 
 
-def duplicates_in_hf(args: ModelArgs, family: Family, is_head_tied: bool) -> dict[str, str]:
-    """Tensors that a folder may hold although they repeat another: their name -> our tensor that they repeat.
-    is_head_tied says that a head that the folder stores is a duplicate of the embedding."""
-    embedding, head = "tok_embeddings.weight", "output.weight"
-    duplicates = {TOP_LEVEL[head]: embedding} if args.tie_embeddings and is_head_tied else {}
-    for k in range(args.n_mtp_layers):
-        for name, ours in family.mtp_copies.items():
-            duplicates[f"model.layers.{args.n_layers + k}.{name}"] = embedding if args.tie_embeddings else ours
-    return duplicates
+def mtp_copies_in_hf(args: ModelArgs, family: Family) -> dict[str, str]:
+    """The tensors that each MTP layer of a folder repeats: their name -> our tensor."""
+    tied = {"output.weight": "tok_embeddings.weight"} if args.tie_embeddings else {}
+    return {
+        f"model.layers.{args.n_layers + k}.{name}": tied.get(ours, ours)
+        for k in range(args.n_mtp_layers)
+        for name, ours in family.mtp_copies.items()
+    }
 
 
 def layer_of(hf_name: str) -> int:

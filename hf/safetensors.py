@@ -16,6 +16,7 @@ from torch import Tensor
 
 from errors import ConfigError
 from files import is_plain_name, read_json, write_json
+from hf.families import ConfigFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -37,9 +38,8 @@ class TensorReader:
             self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}.")
-        quantization = read_json(os.path.join(folder, "config.json")).get("quantization_config")
-        if quantization is None:
-            quantization = dict(quant_method="fp8", weight_block_size=(128, 128))
+        default = dict(quant_method="fp8", weight_block_size=(128, 128))
+        quantization = ConfigFile(folder).get("quantization_config", default)
         if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
             given = json.dumps(quantization)
             raise ConfigError(f'{folder}: quantized by {given}; only "fp8" in blocks (weight_block_size) is supported.')

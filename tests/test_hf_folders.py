@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import ConfigError
 from hf import get_model_args, model_args_of_folder, require_same_model
-from hf.config import config_of_model
+from hf.config import config_of_model, family_of_model
 from hf.families import FAMILIES
 from hf.names import hf_tensor_of
 from hf.safetensors import TensorReader, write_tensors
@@ -86,8 +86,7 @@ def test_every_tensor_of_a_flavor_has_its_own_hf_name(flavor):
     args = dataclasses.replace(get_flavor(flavor), n_layers=4, n_experts=min(16, get_flavor(flavor).n_experts))
     with torch.device("meta"):
         names = Transformer(args).state_dict().keys() - ({"output.weight"} if args.tie_embeddings else set())
-    (family,) = (family for family in FAMILIES if family.computes(args))
-    hf_names = [hf_name for name in names for hf_name in hf_tensor_of(name, args, family, {}).names]
+    hf_names = [hf_name for name in names for hf_name in hf_tensor_of(name, args, family_of_model(args), {}).names]
     assert len(hf_names) == len(set(hf_names)) and len(hf_names) >= len(names)
 
 
