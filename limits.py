@@ -148,10 +148,8 @@ def pipeline(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tok
 def microbatches(config: Config, schedule: str, pp: int, num_stages: int) -> Iterator[str]:
     """torch's schedules ask for enough microbatches to fill the pipeline, or for rounds of equal length."""
     batch_size, size = config.training.local_batch_size, config.parallelism.pipeline_parallel_microbatch_size
-    batch, option = (
-        f"training.local_batch_size ({batch_size})",
-        f"parallelism.pipeline_parallel_microbatch_size ({size})",
-    )
+    option = f"parallelism.pipeline_parallel_microbatch_size ({size})"
+    batch = f"training.local_batch_size ({batch_size})"
     if batch_size % size != 0:
         yield f"{option} must divide {batch}; use one of {divisors(batch_size)}."
     given = batch_size // size
