@@ -1,5 +1,4 @@
-"""Every option with its type, default and help: `--section.key value` on the command line, over a TOML file, over these
-defaults.
+"""Every option with its type, default and help. The command line (`--section.key value`) wins over the TOML file.
 
 The values that an option may take are listed here and nowhere else. A section may be passed on whole, as the keywords
 of the function that it configures: `build_optimizer(parameters, **vars(config.optimizer))`.
@@ -36,9 +35,7 @@ class Training:
     steps: int = option(200, "optimizer steps in total; a resumed run counts on", 1)
     seq_len: int = option(2048, "tokens per sequence", 1)
     local_batch_size: int = option(1, "sequences per data-parallel rank in each forward and backward", 1)
-    global_batch_size: int = option(
-        -1, "sequences per optimizer step, by gradient accumulation; -1: local_batch_size x data-parallel ranks"
-    )
+    global_batch_size: int = option(-1, "sequences per step, accumulated; -1: local_batch_size x data-parallel ranks")
     max_norm: float = option(1.0, "largest global grad norm; larger gradients are scaled down to it; 0: no clipping", 0)
     seed: int = option(0, "seed of the initial weights and of the order of the data", 0)
     deterministic: bool = option(False, "use deterministic kernels only; an operation that has none is an error")
@@ -104,8 +101,7 @@ class Parallelism:
 
     @property
     def degrees(self) -> dict[str, int]:
-        """The degrees under the names of the mesh's axes."""
-        return dict(
+        return dict(  # under the names of the mesh's axes
             dp_replicate=self.data_parallel_replicate_degree, dp_shard=self.data_parallel_shard_degree,
             pp=self.pipeline_parallel_degree, cp=self.context_parallel_degree,
             tp=self.tensor_parallel_degree, ep=self.expert_parallel_degree,
@@ -155,9 +151,7 @@ class Optimizer:
 @dataclass
 class LRScheduler:
     warmup_steps: int = option(0, "steps in which the learning rate rises linearly to optimizer.lr", 0)
-    decay_ratio: float = option(
-        1.0, "share of the steps, at the end, in which the learning rate decays; 0: none; 1: all after warmup", 0, 1
-    )
+    decay_ratio: float = option(1.0, "final share of steps in which lr decays; 0: none; 1: all after warmup", 0, 1)
     decay_type: Literal["linear", "cosine", "sqrt"] = option("cosine", "shape of the decay; sqrt is steepest at first")
     min_lr_factor: float = option(0.1, "final learning rate as a fraction of optimizer.lr", 0, 1)
 
@@ -187,13 +181,10 @@ class Validation:
     enable: bool = option(False, "measure the loss of sequences that are not trained on")
     interval: int = option(500, "steps between validations; the last step always has one", 1, needs=VALIDATION)
     num_sequences: int = option(512, "sequences per validation, each time the same", 1, needs=VALIDATION)
-    path: str = option(
-        "", "shards, or text as in data.path; empty: sequences held out of the training data", needs=VALIDATION
-    )
+    path: str = option("", "shards, or text as in data.path; empty: held out of the training data", needs=VALIDATION)
 
     @property
     def num_held_out(self) -> int:
-        """The number of sequences that are held out of the training data."""
         return self.num_sequences if self.enable and not self.path else 0
 
 

@@ -29,10 +29,9 @@ def option(default: Any, help: str, at_least=None, at_most=None, needs: str | tu
     command line: "compile.enable true", "activation_checkpoint.mode selective or memory_budget", or, where anything but
     the default will do, an example: "parallelism.pipeline_parallel_degree 2". A tuple means all of them."""
     needs = (needs,) if isinstance(needs, str) else needs
-    metadata = dict(help=help, at_least=at_least, at_most=at_most, needs=needs)
-    if isinstance(default, list):  # each configuration gets a list of its own
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    # Each configuration gets a copy of a list.
+    given = dict(default_factory=default.copy) if isinstance(default, list) else dict(default=default)
+    return field(**given, metadata=dict(help=help, at_least=at_least, at_most=at_most, needs=needs))
 
 
 def section(kind: type, help: str) -> Any:
@@ -41,8 +40,6 @@ def section(kind: type, help: str) -> Any:
 
 
 class Option(NamedTuple):
-    """An option as `list_options` finds it."""
-
     section: str
     key: str
     kind: Any  # its type; of `int | None`, int
@@ -70,8 +67,7 @@ def list_options(config: Any) -> Iterator[Option]:
 
 
 def read_options(config: Any, argv: list[str]) -> None:
-    """Sets config's options from a command line, over those of the TOML file that it names. ConfigError, in one line,
-    for whatever is wrong with them."""
+    """Sets config's options from a command line, over those of the TOML file that it names."""
     options = {option.name: option for option in list_options(config)}
     given = _parse_command_line(config, argv)
     if (file := given.get("job.config_file")) is not None:
@@ -147,8 +143,7 @@ def _set(config: Any, options: dict[str, Option], name: str, value: Any, where: 
     if name not in options:
         raise ConfigError(f"{where}{name} is not an option; {_option_hint(options, name)}")
     option = options[name]
-    value = _from_text(value, option.kind) if is_text else value
-    value = _checked(value, option.kind, f"{where}{name}")
+    value = _checked(_from_text(value, option.kind) if is_text else value, option.kind, f"{where}{name}")
     if option.at_least is not None and not value >= option.at_least:
         raise ConfigError(f"{where}{name}: expected at least {option.at_least}, given {value}.")
     if option.at_most is not None and not value <= option.at_most:
@@ -190,8 +185,7 @@ def _checked(value: Any, kind: Any, where: str) -> Any:
 def _is_met(config: Any, options: dict[str, Option], needed: str) -> bool:
     """Whether an option has a value that `needed` names; a number, a path or a name: any but its default."""
     name, _, values = needed.partition(" ")
-    option = options[name]
-    value = option.value(config)
+    option, value = options[name], options[name].value(config)
     if option.kind is bool or get_origin(option.kind) is Literal:
         return to_toml(value).strip('"') in values.split(" or ")
     return value != option.default
@@ -215,9 +209,7 @@ def help_text(config: Any, section: str | None = None) -> str:
         raise ConfigError(f'--help {section}: "{section}" is not a section;{_section_hint(config, section)}')
     lines = ["torchrun --nproc_per_node=N train.py --job.config_file FILE.toml [--section.key value ...]"]
     lines += ["The command line wins over the file; values are written as in TOML. --help SECTION shows one section."]
-    for option in list_options(config):
-        if section not in (None, option.section):
-            continue
+    for option in (option for option in list_options(config) if section in (None, option.section)):
         if option.section in headings:
             lines += ["", f"[{option.section}]: {headings.pop(option.section)}"]
         shown = "not set" if option.default is None else f"default {to_toml(option.default)}"

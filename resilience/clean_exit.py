@@ -1,8 +1,7 @@
 """Ends a run that failed: one clear line for a user's mistake, a traceback for a bug, and no rank left behind.
 
 Proof: tests/test_train.py::test_a_mistake_is_one_line,
-tests/test_train.py::test_an_unexpected_error_keeps_its_traceback,
-tests/test_faults.py::test_out_of_memory_says_what_to_change.
+tests/test_train.py::test_an_unexpected_error_keeps_its_traceback.
 """
 
 import os
@@ -58,8 +57,7 @@ def report_in_one_line(error: Exception, watchdog: Watchdog | None) -> None:
         if watchdog and watchdog.peer_failed(ERROR_GRACE_SECONDS):
             os._exit(1)
         time.sleep(0 if watchdog else ERROR_GRACE_SECONDS)
-    prefix = "error:" if rank() == 0 else f"error (rank {rank()}):"
-    line = f"{prefix} {' '.join(str(error).split())}"
+    line = ("error: " if rank() == 0 else f"error (rank {rank()}): ") + " ".join(str(error).split())
     print(line, file=sys.stderr, flush=True)
     if watchdog:
         watchdog.report_failure(line)

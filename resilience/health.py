@@ -20,9 +20,8 @@ class NonFiniteGuard:
     """Decides, before the optimizer's step, whether a step may change the weights. max_skipped_steps in a row may be
     skipped (`skipped` counts all); at the next such step the run ends.
 
-    The grad norm is the same number on all ranks, so all ranks decide alike, and without communication. It is not
-    finite if any rank's gradient or loss is not: a loss that is not finite gives such a gradient
-    (model/transformer.py), and gradients are summed over ranks.
+    The grad norm is the same number on all ranks, so all ranks decide alike, and without communication. It is finite
+    only if every rank's gradient and loss are: a loss that is not finite makes its gradient so (model/transformer.py).
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], max_skipped_steps: int):

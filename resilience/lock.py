@@ -18,12 +18,10 @@ WAIT_SECONDS = 5  # a killed process may need a moment to end, and the next run 
 
 
 def lock_folder(folder: str) -> TextIO | None:
-    """Locks a folder until rank 0 closes the file that it gets (other ranks: None). A collective; ConfigError on all
-    ranks if another run holds the lock.
-
-    It is a record lock of the kernel. It ends with the process, so a crash leaves nothing behind, and NFS keeps it for
-    all machines. (Data workers would inherit a lock of flock, and hold it after the run.)
-    """
+    """Locks a folder until rank 0 closes the file that this returns there (on other ranks None). A collective;
+    ConfigError on all ranks if another run holds the lock. It is a record lock of the kernel, which ends with the
+    process, so a crash leaves nothing behind, and which NFS keeps for all machines. (flock's would be inherited by data
+    workers, and outlive the run.)"""
     file, refusal = None, ""
     if dist.get_rank() == 0:
         try:
@@ -52,7 +50,6 @@ def _lock(file: TextIO) -> bool:
             time.sleep(0.1)
             continue
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
         return True
     return False

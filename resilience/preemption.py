@@ -1,8 +1,8 @@
 """Preemption: SIGTERM and SIGUSR1 ask the run to save and end, which all ranks do after the same step.
 
 A signal may reach one rank or all of them, each at another moment of its step. So every step begins an asynchronous
-all-reduce of 8 bytes that asks whether any rank has received a signal. The answer is read when the step is over: it has
-arrived long before, and training never waits for it.
+all-reduce of 8 bytes that asks whether any rank has received a signal. Its answer is read when the step is over. It has
+arrived long before, so training never waits for it.
 
 Proof: tests/test_faults.py::test_signal_to_one_rank_saves_and_ends_all,
 tests/test_faults.py::test_sigterm_to_torchrun_ranks_and_data_workers.
@@ -33,8 +33,7 @@ class Preemption:
         self.work = dist.all_reduce(self.flag, op=dist.ReduceOp.MAX, async_op=True)
 
     def poll(self) -> str | None:
-        """The name of the signal that some rank had received when this was last called; None, and the next question
-        is asked, if there was no signal."""
+        """The name of the signal that some rank had received at the last call; else None, and asks again."""
         self.work.wait()
         if self.flag.item() in map(int, REQUESTS):
             return signal.Signals(self.flag.item()).name

@@ -17,9 +17,9 @@ def rank() -> int:
 
 
 def init_distributed(device: str, timeout_seconds: int) -> torch.device:
-    """Starts the process group that torchrun prepared, or a group of one process without torchrun; returns this rank's
-    device. device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run. A group
-    that exists already is kept, since a process may train several times."""
+    """Starts the process group that torchrun prepared, or one of this process alone, and returns this rank's device.
+    device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run. A group that
+    exists is kept, since a process may train several times."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -62,8 +62,8 @@ def _keep_freed_memory() -> None:
 
 
 def set_determinism(seed: int, deterministic: bool) -> None:
-    """Seeds every generator. Training does not draw from them (weights and data come from counters), so all ranks may
-    have the same seed. deterministic makes torch refuse kernels whose result varies from run to run."""
+    """Seeds every generator, which training does not draw from: weights and data come from counters. deterministic
+    makes torch refuse kernels whose result varies from run to run."""
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:

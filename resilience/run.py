@@ -7,7 +7,6 @@ tests/test_faults.py::test_two_jobs_in_one_folder_the_second_is_refused.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
 
@@ -21,14 +20,11 @@ from resilience.watchdog import Watchdog, record_nccl
 
 
 class Run:
-    """One run of train.py in its dump folder. Every method but `save_config` is a collective.
-
-    device    this rank's device
-    log       print on rank 0; does nothing on the other ranks
-    """
+    """One run of train.py in its dump folder. `device` is this rank's; `log` prints on rank 0 and does nothing on other
+    ranks. Every method but `save_config` is a collective."""
 
     def __init__(self, dump_folder: str, device: str, timeout_seconds: int, seed: int, deterministic: bool):
-        """Starts the run. ConfigError on all ranks if another run uses dump_folder. The arguments are explained in
+        """ConfigError on all ranks if another run uses dump_folder. The other arguments are explained in
         `init_distributed` and `set_determinism`."""
         record_nccl(dump_folder)  # NCCL reads its settings when the process group starts
         self.device = init_distributed(device, timeout_seconds)
@@ -61,7 +57,7 @@ class Run:
             if others:
                 raise ConfigError(f"{name} differs between ranks: {dist.get_rank()} and {others}; give all the same.")
 
-    def save_config(self, config: Any) -> None:
+    def save_config(self, config: object) -> None:
         """Writes every option to config.toml in the dump folder; running from that file repeats the run."""
         if self.is_first:
             save_config(config, os.path.join(self.dump_folder, "config.toml"))
@@ -74,10 +70,9 @@ class Run:
     def close(self, *, step: int, is_saved: bool | None) -> int:
         """Ends the run after `step`. Returns the exit status: 0 after the last step, EXIT_PREEMPTED after a stop
         signal, 1 if the step should have been saved and is not. is_saved is None if checkpoints are off."""
-        status = 0
+        status = EXIT_PREEMPTED if self.stop_signal else 0
         if self.stop_signal:
             self.log(f"{self.stop_signal} ended the run after step {step}, which is {'' if is_saved else 'NOT '}saved")
-            status = EXIT_PREEMPTED
         if is_saved is False:
             self.log("error: the last step could not be saved")
             status = 1

@@ -1,17 +1,14 @@
 """Ends every rank soon after any rank has failed, and writes each rank's stack when it is stuck.
 
 A rank that fails writes so into the process group's store, where a thread of every rank looks twice a second. So a rank
-that sleeps, or waits in a collective for a peer that is gone, ends within seconds too. The stacks of all its threads go
-to `stacks/rank-N.txt` in the dump folder. They also go there when a rank crashes, and when it receives SIGTERM, which
-torchrun sends to the remaining ranks.
+that sleeps, or waits in a collective for a peer that is gone, ends within seconds too. The stacks of its threads go to
+`stacks/rank-N.txt` in the dump folder, also when it crashes or gets SIGTERM, which torchrun sends to remaining ranks.
 
-On a CPU a collective that hangs raises an error after comm.timeout_seconds in the ranks that wait in it. On a GPU the
-CPU waits for a kernel instead, and no error is raised. But NCCL's flight recorder writes its last collectives to a file
-beside the stacks, and this thread takes a new file for the rank's failure. NCCL also aborts the process, but much
-later, and with a less useful message.
+On a CPU a collective that hangs raises an error after comm.timeout_seconds. On a GPU the CPU waits for a kernel, and no
+error is raised. But NCCL's flight recorder writes its last collectives to a file beside the stacks, and this thread
+takes a new file for the rank's failure. NCCL also aborts the process, but much later, with a less useful message.
 
 Proof: tests/test_faults.py::test_kill_9_of_one_rank, tests/test_faults.py::test_rank_asleep_ends_the_collective,
-tests/test_faults.py::test_nccl_timeout_ends_all_ranks,
 tests/test_cuda_faults.py::test_collective_that_hangs_ends_the_run.
 """
 
@@ -31,22 +28,19 @@ GRACE_SECONDS = 3.0  # this rank's own error says more, so it gets this time to 
 
 
 def record_nccl(dump_folder: str) -> None:
-    """Makes NCCL keep its last collectives, and write them when one times out. Call before the process group exists."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # collectives
+    """Makes NCCL keep its last 2000 collectives, and write them when one times out. Call before `init_distributed`."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault(NCCL_FILE, os.path.abspath(os.path.join(dump_folder, "stacks", "nccl-rank-")))
 
 
 class Watchdog(threading.Thread):
-    """Make it after `record_nccl` and Preemption, to which it passes SIGTERM on. Stop it before the process group ends.
-
-    failure   the failure that another rank has reported, or None
-    """
+    """Make it after `record_nccl` and Preemption, to which it passes SIGTERM on. Stop it before the group ends."""
 
     def __init__(self, dump_folder: str, rank: int):
         super().__init__(name="watchdog", daemon=True)
-        self.folder, self.rank, self.stopped = os.path.join(dump_folder, "stacks"), rank, threading.Event()
-        self.failure = None
+        self.rank, self.stopped, self.failure = rank, threading.Event(), None  # failure: another rank's
+        self.folder = os.path.join(dump_folder, "stacks")
         os.makedirs(self.folder, exist_ok=True)
         self.path = os.path.join(self.folder, f"rank-{rank}.txt")
         self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - written to in a crash
@@ -85,9 +79,7 @@ class Watchdog(threading.Thread):
             return "the process that holds the store is gone"
 
     def dump(self, why: str) -> None:
-        """Writes the stacks of this rank's threads to its file."""
-        self.file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}: {why}\n")
-        self.file.flush()
+        print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.rank}: {why}", file=self.file, flush=True)
         faulthandler.dump_traceback(self.file)
 
     def report_failure(self, failure: str) -> bool:

@@ -22,8 +22,6 @@ class ExpertLoadBalancer:
 
     With E experts, an update is one all-reduce of the counts of this rank's stages, 8 E bytes per MoE layer; a report
     is one all-reduce over pp of 24 bytes per MoE layer of the whole model, in steps that are logged.
-
-    biases    by name in the model: a checkpoint holds them beside the parameters
     """
 
     def __init__(self, stages: list[nn.Module], tokens: DeviceMesh, pp: DeviceMesh):
@@ -33,6 +31,7 @@ class ExpertLoadBalancer:
         self.layers = [i for i in range(args.n_layers + args.n_mtp_layers) if args.is_moe_layer(i)]
         blocks = [item for stage in stages for item in stage.blocks().items()]
         self.routers = {layer: block.moe.router for layer, block in blocks if block.moe is not None}
+        # By name in the model: a checkpoint holds them beside the parameters.
         buffers = [item for stage in stages for item in stage.named_buffers()]
         self.biases = {name: buffer for name, buffer in buffers if name.endswith(".expert_bias")}
         self.shares = {}  # by layer, each expert's tokens in the last step over the mean: float64 [E]
@@ -77,9 +76,8 @@ class ExpertLoadBalancer:
 def collapse_warning(report: dict[str, list[float]]) -> str | None:
     """A line of warning if in any layer at least half of the experts are idle."""
     collapsed = [f"{i} ({idle:.0%})" for i, idle in enumerate(report.get("expert_idle", [])) if idle >= 0.5]
-    if not collapsed:
-        return None
-    return (
+    line = (
         f"warning: routing collapses: mixture layers, and the fraction of their experts that get less than {IDLE:.0%} "
         f"of the mean load: {', '.join(collapsed)}; raise model.expert_bias_speed or model.balance_loss_weight."
     )
+    return line if collapsed else None

@@ -1,9 +1,9 @@
 """FSDP's two collectives over gloo, as direct messages between the ranks (comm.direct_messages).
 
-Idea: gloo's own all-gather and reduce-scatter copy more than they send. On two processes of one machine they take 2.6
-and 3.6 times as long as sending each rank its part and adding up what arrives (64 MB; torch 2.13), and that decides the
+Idea: gloo's all-gather and reduce-scatter copy more than they send. On two processes of one machine they take 2.6 and
+3.6 times as long as sending each rank its part and adding up what arrives (64 MB; torch 2.13), and that decides the
 speed of a CPU run. Messages are bytes, so that dtypes that gloo does not know can be sent too. Sums run in the order of
-the ranks, so that every run adds in the same order. On GPUs FSDP keeps NCCL's collectives.
+the ranks, the same in every run. On GPUs FSDP keeps NCCL's collectives.
 
 Bytes: the collective's. Over N ranks a rank sends and receives N - 1 messages, each of 1/N of the larger side.
 
@@ -17,8 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def use_direct_messages(model: nn.Module) -> None:
-    """Replaces the collectives of each FSDP module in model. Does nothing on GPUs, whose backend is not gloo alone, and
-    for a model that is not sharded. (Where only one rank shards a module, FSDP calls no collective.)"""
+    """Replaces the collectives of each FSDP module in model. Does nothing on GPUs, whose backend is not gloo alone."""
     for module in model.modules():
         if isinstance(module, FSDPModule) and dist.get_backend() == "gloo":
             module.set_custom_all_gather(DirectAllGather())
@@ -32,8 +31,7 @@ class _Comm:
 
 class DirectAllGather(_Comm):
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op=False):
-        """Fills output [n * ranks] with every rank's input [n]. Has finished when it returns, even with async_op: a CPU
-        has no stream on which it could go on."""
+        """Fills output [n * ranks] with every rank's input [n]. It has finished when it returns, even with async_op."""
         parts = output_tensor.view(group.size(), -1)
         mine = parts[group.rank()]
         if mine.data_ptr() != input_tensor.data_ptr():  # FSDP's input is usually a view of its output

@@ -59,7 +59,6 @@ class Metrics:
         self,
         dump_folder: str,
         device: torch.device,
-        *,
         total_steps: int,
         flops_per_token: int,
         log_freq: int,
@@ -69,8 +68,7 @@ class Metrics:
         self.log_freq, self.num_devices = log_freq, dist.get_world_size()
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         self.peak_flops = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
-        self.spikes = LossSpikes()
-        self.file = self.tensorboard = None
+        self.spikes, self.file, self.tensorboard = LossSpikes(), None, None
         if dist.get_rank() == 0:
             os.makedirs(dump_folder, exist_ok=True)
             self.file = open(os.path.join(dump_folder, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
@@ -94,23 +92,13 @@ class Metrics:
             return
         seconds = time.perf_counter() - self.start_time - more.get("validation_seconds", 0.0)
         steps = state.step - self.start_step
-        tokens_per_second = (state.tokens_seen - self.start_tokens) / seconds
-        flops = self.flops_per_token * tokens_per_second / self.num_devices
-        row = dict(
-            step=state.step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_seen=state.tokens_seen,
-            tokens_per_second=tokens_per_second,
-            tokens_per_second_per_device=tokens_per_second / self.num_devices,
-            tflops=flops / 1e12,
-            mfu=flops / self.peak_flops if self.peak_flops else None,
-            memory_gib=peak_memory_gib(self.device),
-            seconds=seconds / steps,
-            data_seconds=data_seconds / steps,
-            **more,
-        )
+        speed = (state.tokens_seen - self.start_tokens) / seconds
+        flops = self.flops_per_token * speed / self.num_devices
+        row = dict(step=state.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_seen=state.tokens_seen)
+        row |= dict(tokens_per_second=speed, tokens_per_second_per_device=speed / self.num_devices)
+        row |= dict(tflops=flops / 1e12, mfu=flops / self.peak_flops if self.peak_flops else None)
+        row |= dict(memory_gib=peak_memory_gib(self.device), seconds=seconds / steps, data_seconds=data_seconds / steps)
+        row |= more
         # JSON has no NaN: a skipped step's loss is null.
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         print(json.dumps(finite), file=self.file, flush=True)
@@ -139,7 +127,5 @@ class Metrics:
         )
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        for output in filter(None, (self.file, self.tensorboard)):
+            output.close()

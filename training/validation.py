@@ -1,15 +1,12 @@
 """The loss of held-out sequences, every interval steps: the same number in any layout.
 
 Each sequence counts once: losses and valid tokens are summed over all batches and ranks, and divided at the end. A mean
-of the batches' means would depend on how the sequences were cut into batches (pytorch/torchtitan #2366). A rank with
-fewer sequences continues with sequences without labels, so that every rank takes the same number of forwards, because
-forwards communicate (pytorch/torchtitan #1617).
+of the batches' means would depend on how the sequences were cut into batches (pytorch/torchtitan #2366). Forwards
+communicate, so a rank with fewer sequences runs as many, on sequences without labels (pytorch/torchtitan #1617).
 
-Validation leaves no trace in training: it makes no gradient, counts no tokens of experts, draws no random number, and
-consumes no sample.
+It leaves no trace in training: it makes no gradient, counts no tokens of experts, and consumes no sample.
 
 Proof: tests/test_validation.py::test_validation_loss_is_the_same_in_any_layout,
-tests/test_validation.py::test_validation_loss_is_the_mean_over_tokens,
 tests/test_validation.py::test_validation_leaves_training_unchanged.
 """
 
