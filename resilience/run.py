@@ -70,12 +70,12 @@ class Run:
     def close(self, *, step: int, is_saved: bool | None) -> int:
         """Ends the run after `step`. Returns the exit status: 0 after the last step, EXIT_PREEMPTED after a stop
         signal, 1 if the step should have been saved and is not. is_saved is None if checkpoints are off."""
-        status = EXIT_PREEMPTED if self.stop_signal else 0
+        status = 1 if is_saved is False else EXIT_PREEMPTED if self.stop_signal else 0
         if self.stop_signal:
-            self.log(f"{self.stop_signal} ended the run after step {step}, which is {'' if is_saved else 'NOT '}saved")
+            end = "saved" if is_saved else "NOT saved"  # printed before a second signal can end this process
+            self.log(f"{self.stop_signal} ended the run after step {step}, which is {end}", flush=True)
         if is_saved is False:
             self.log("error: the last step could not be saved")
-            status = 1
         dist.barrier()  # otherwise a watchdog takes a peer's normal exit for a crash
         self.watchdog.close()
         self.preemption.close()
