@@ -5,7 +5,7 @@ several times over in backward. `loss_in_chunks` makes them for a chunk of token
 known as soon as its logits are: softmax(logits) - one_hot(labels). So forward computes it at once, adds it to the
 gradients of h and of the weight, and frees the logits (the idea of Hsu et al. 2024, arXiv:2410.10989). Nothing is
 computed twice. From forward to backward it keeps a gradient like h and a gradient like the weight. Under a pipeline
-schedule that runs many forwards before the first backward (GPipe), each microbatch keeps its own.
+schedule that runs many forwards before the first backward (GPipe), it does so for each microbatch.
 
 With chunk_size 0 `reference_loss` itself runs, and autograd does the backward: all logits exist at once. To try another
 loss, change that function and set training.loss_chunk_size to 0. Tensor parallelism does not run it: there
@@ -14,7 +14,7 @@ loss, change that function and set training.loss_chunk_size to 0. Tensor paralle
 torch 2.13 has F.linear_cross_entropy for the same purpose. It is not used yet: torch 2.11 lacks it, it has no
 vocabulary-parallel form, and its chunked path does not compile.
 
-Proof: tests/test_training.py::test_chunked_loss_equals_reference_loss
+Proof: tests/test_training.py::test_chunked_loss_equals_reference_loss.
 """
 
 import torch
@@ -57,9 +57,7 @@ class Head(nn.Linear):
 
 class HeadCore(nn.Module):
     """Logits and loss, without parameters. Under tensor parallelism a vocabulary-parallel version replaces it.
-
-    chunk_size is the number of tokens whose logits exist at a time; 0: all tokens, by `reference_loss`.
-    """
+    chunk_size is the number of tokens whose logits exist at a time; 0: all tokens, by `reference_loss`."""
 
     def __init__(self, chunk_size: int):
         super().__init__()
@@ -85,7 +83,6 @@ class HeadCore(nn.Module):
 
 def loss_in_chunks(h: Tensor, weight: Tensor, labels: Tensor, vocab_start_index: int, core: HeadCore) -> Tensor:
     """`reference_loss` of h [tokens, dim] and labels [tokens], core.chunk_size tokens at a time (0: all at once).
-
     weight holds the vocabulary rows from vocab_start_index on; `core.gather` exchanges statistics with the ranks that
     hold the other rows."""
     needs_gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)

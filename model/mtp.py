@@ -4,7 +4,7 @@ Depth k = 1 ... n_mtp_layers is one more block. At position i it gets the output
 token i + k, and predicts token i + k + 1. Embedding and head are shared with the main model. Only training uses MTP;
 inference can drop it, or draft tokens with it.
 
-Proof: tests/test_moe.py::test_mtp_loss_equals_textbook and tests/test_moe.py::test_mtp_targets_stay_in_their_document
+Proof: tests/test_moe.py::test_mtp_loss_equals_textbook, tests/test_moe.py::test_mtp_targets_stay_in_their_document.
 """
 
 import torch
@@ -23,14 +23,12 @@ class MTPLayer(nn.Module):
         self.block = block
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(
-        self, h: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask=None
-    ) -> tuple[Tensor, Tensor | None]:
-        """h [B, S, D], the output of the depth before after its last norm, and embedding [B, S, D] of the next token at
-        each position -> the head's input [B, S, D], and the number of tokens that went to each expert (None in a dense
+    def forward(self, h: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, mask=None) -> tuple[Tensor, Tensor | None]:
+        """h [B, S, D], the normed output of the depth before, and embedded [B, S, D], the next token at each
+        position -> the head's input [B, S, D], and the number of tokens that went to each expert (None in a dense
         block). cos, sin and mask are attention's."""
         # The published weights have the embedding first, unlike equation 21 of the paper.
-        h = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
+        h = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), dim=-1))
         h, counts = self.block(h, cos, sin, mask)
         return self.norm(h), counts
 

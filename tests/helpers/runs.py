@@ -127,9 +127,19 @@ def same_everywhere(ranks: list[dict]) -> dict:
 
 
 def record_runs(many: list[list[str]]) -> list[dict]:
-    """One run after another in the same processes: torch's caches are warm from the second on. The process groups of
-    all of them live on, so not too many."""
-    records = [record_run(arguments) for arguments in many]
+    """Record one run after another in the same processes: torch's caches are warm from the second on. A process group
+    lives as long as its process and has three threads, so all runs share the groups of the same ranks."""
+    groups, new_group = {}, dist.new_group
+
+    def new_or_same_group(ranks=None, *args, backend=None, **options):
+        key = (backend, *(ranks or ()))
+        if key not in groups:
+            groups[key] = new_group(ranks, *args, backend=backend, **options)
+        return groups[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", new_or_same_group)
+        records = [record_run(arguments) for arguments in many]
     dist.destroy_process_group()
     return records
 
