@@ -24,7 +24,7 @@ from torch_private import torch_at_least
 
 def check_layout(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> None:
     """ConfigError, in one line, for the first rule that the configuration breaks."""
-    for group in (device, data, tensor, context, experts, pipeline, activation_checkpointing, float8):
+    for group in (device, data, tensor, context, experts, pipeline, recomputation, float8):
         for message in group(config, args, mesh, tokenizer):
             raise ConfigError(message)
 
@@ -163,9 +163,7 @@ def microbatches(config: Config, schedule: str, pp: int, num_stages: int) -> Ite
         )
 
 
-def activation_checkpointing(
-    config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer
-) -> Iterator[str]:
+def recomputation(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
     mode, option = config.activation_checkpoint.mode, config.activation_checkpoint.selective_option
     name = f'activation_checkpoint.selective_option ("{option}")'
     if mode == "selective" and option != "op" and not (option.isdecimal() and 1 <= int(option) <= args.n_layers):
