@@ -201,7 +201,8 @@ def build_source(dataset: str, path: str, text_key: str = "text") -> FileSource:
         if path:
             raise ConfigError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')
         return _python_stdlib(text_key)
-    assert dataset == "text", dataset
+    if dataset != "text":
+        raise ConfigError(f'data.dataset "{dataset}" has no source; add one to build_source in data/sources.py.')
     if not path:
         raise ConfigError(
             'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'

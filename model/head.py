@@ -8,7 +8,8 @@ computed twice. From forward to backward it keeps a gradient like h and a gradie
 schedule that runs many forwards before the first backward (GPipe), it does so for each microbatch.
 
 With chunk_size 0 `reference_loss` itself runs, and autograd does the backward: all logits exist at once. To try another
-loss, change that function and set training.loss_chunk_size to 0.
+loss, change that function and set training.loss_chunk_size to 0. Tensor parallelism does not run it: there
+`loss_in_chunks` computes the loss with any chunk_size, so the change must be made in `LossAndGradLogits` too.
 
 torch 2.13 has F.linear_cross_entropy for the same purpose. It is not used yet: torch 2.11 lacks it, it has no
 vocabulary-parallel form, and its chunked path does not compile.
