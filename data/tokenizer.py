@@ -30,9 +30,9 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_NUM_RANKS = 128_000
 LLAMA3_SPECIALS = [
-    BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|step_id|>",
-    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
+    BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
+    "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
 ]  # fmt: skip
 
 # A call of tiktoken with more than about a million spaces in a row fails: its regular expression's stack is full.
@@ -70,7 +70,7 @@ class Tokenizer:
         return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays, in parallel: tiktoken releases the GIL. threads None: by the cores."""
+        """encode() of each text, as uint32 arrays, in parallel: tiktoken releases the GIL. threads None: as cores."""
         pieces = [list(_pieces(text)) for text in texts]
         _ = self._encoding  # made here, before threads race for it
         with ThreadPoolExecutor(threads) as pool:
@@ -78,7 +78,7 @@ class Tokenizer:
             return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids, with the names of special tokens, and U+FFFD for unknown ids and bytes that are not UTF-8."""
+        """The text of ids: names for special tokens, U+FFFD for unknown ids and bytes that are not UTF-8."""
         return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -145,8 +145,8 @@ def _tiktoken_encoding(name: str) -> Tokenizer:
         encoding = tiktoken.get_encoding(name)
     except (OSError, ValueError) as error:  # every error of requests is an OSError; a wrong checksum is a ValueError
         raise ConfigError(
-            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed ({type(error).__name__}); put its '
-            "file into the folder that TIKTOKEN_CACHE_DIR names, or use a tokenizer that works offline: "
+            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed ({type(error).__name__}); put '
+            "its file into the folder that TIKTOKEN_CACHE_DIR names, or use a tokenizer that works offline: "
             '"bpe_4096", "byte", or the path of a file in tiktoken\'s format.'
         ) from None
     # The private names are those of tiktoken's own README, "Extending tiktoken".
@@ -178,8 +178,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
         raise ConfigError(
-            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is {missing[0]}), so not "
-            "every text could be encoded; is the file complete?"
+            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is {missing[0]}), so "
+            "not every text could be encoded; is the file complete?"
         )
     return ranks
 
@@ -194,7 +194,7 @@ def without_surrogates(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """text in parts of at most MAX_PIECE_CHARS, each cut after a line's end where possible, so that words stay whole."""
+    """text in parts of at most MAX_PIECE_CHARS, cut after a line's end where possible, so that words stay whole."""
     start = 0
     while len(text) - start > MAX_PIECE_CHARS:
         end = text.rfind("\n", start, start + MAX_PIECE_CHARS) + 1 or start + MAX_PIECE_CHARS
