@@ -115,8 +115,7 @@ def main(config: Config) -> int:
 
     # What observes the run: held-out loss, logs, and the guard against gradients that are not finite.
     when = dict(interval=config.validation.interval, last_step=training.steps, batch_size=training.local_batch_size)
-    parts = dict(mesh=mesh, forward=forward, to_this_rank=to_this_rank, stages=stages)
-    validation = Validation(validation_samples, **when, **parts)
+    validation = Validation(validation_samples, stages, mesh, forward, to_this_rank, **when)
     flops = flops_per_token(model_args, training.seq_len)
     metrics = Metrics(
         job.dump_folder, device, total_steps=training.steps, flops_per_token=flops, **vars(config.metrics)
