@@ -24,7 +24,7 @@ from torch_private import torch_at_least
 
 def check_layout(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> None:
     """ConfigError, in one line, for the first rule that the configuration breaks."""
-    for group in (device, data, tensor, context, experts, pipeline, activation_checkpointing, float8):
+    for group in (device, data, tensor, context, experts, pipeline, recomputation, float8):
         for message in group(config, args, mesh, tokenizer):
             raise ConfigError(message)
 
@@ -123,8 +123,6 @@ def pipeline(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tok
             f"{schedule} with multi-token prediction (model.n_mtp_layers {args.n_mtp_layers}) needs torch 2.12: in "
             f"{torch.__version__} a gradient of the embedding is lost; use Interleaved1F1B."
         )
-    if schedule in V_SCHEDULES and mesh.world.device_type == "cpu" and not torch_at_least(2, 12):
-        yield f"{schedule} on CPUs needs torch 2.12: in {torch.__version__} gloo cannot send to its own rank."
     per_rank = asked or per_rank
     num_stages = per_rank * pp
     if num_stages > args.n_layers:
@@ -133,6 +131,8 @@ def pipeline(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tok
             f"layers, model.n_layers is {args.n_layers}; use a degree of at most {args.n_layers // per_rank}."
         )
     yield from microbatches(config, schedule, pp, num_stages)
+    if schedule in V_SCHEDULES and mesh.world.device_type == "cpu" and not torch_at_least(2, 12):
+        yield f"{schedule} on CPUs needs torch 2.12: in {torch.__version__} gloo cannot send to its own rank."
     # A schedule that splits backward runs a block's backward twice, for its input and for its weights. A checkpointed
     # block would be recomputed for each ("full": ten times) or has lost its saved values ("op"). A compiled block has
     # one backward for both: torch 2.11 fails to run it for the weights alone, and 2.13 runs all of it twice.
@@ -163,9 +163,7 @@ def microbatches(config: Config, schedule: str, pp: int, num_stages: int) -> Ite
         )
 
 
-def activation_checkpointing(
-    config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer
-) -> Iterator[str]:
+def recomputation(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
     mode, option = config.activation_checkpoint.mode, config.activation_checkpoint.selective_option
     name = f'activation_checkpoint.selective_option ("{option}")'
     if mode == "selective" and option != "op" and not (option.isdecimal() and 1 <= int(option) <= args.n_layers):

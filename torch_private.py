@@ -33,6 +33,14 @@ COLLECTIVE_OPS = {
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.wait_tensor.default,
 }
+# The kernels behind F.scaled_dot_product_attention, of which torch picks one, and FlexAttention.
+ATTENTION_OPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
 # Matrix products. The scaled and the grouped ones have public functions, but their operators are private.
 MATMUL_OPS = {
     torch.ops.aten.mm.default,

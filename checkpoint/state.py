@@ -84,6 +84,8 @@ class ModelState:
         ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         state = {i: states[f"optimizer.{names[parameter]}"] for i, parameter in enumerate(ordered)}
         self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state))
+        lost = [names[p] for i, p in enumerate(ordered) if state[i] and not self.optimizer.state.get(p)]
+        assert not lost, f"the optimizer's load_state_dict did not take the state of {lost[0]}"
 
     def load_tensors(self, reader: SafeReader, tensors: dict, *, ignored_args, group, may_cast: bool = False) -> None:
         """Fills tensors (by name) in place from a checkpoint. A collective. ConfigError, before anything is read, if a

@@ -90,14 +90,21 @@ def build_validation_samples(
 
 
 def _folders_and_weights(path: str) -> tuple[list[Path], list[float] | None]:
-    """The folders of "A:0.7,B:0.3" and their weights; None in place of the weights of "A,B"."""
+    """The folders and the weights of "A:0.7,B:0.3"; no weights for "A,B"."""
     folders, weights = [], []
     for part in filter(None, map(str.strip, path.split(","))):
         folder, colon, weight = part.rpartition(":")
         if not colon or Path(part).expanduser().exists():  # the colon may be part of a folder's name
             folder = part
         else:
-            weights.append(_weight(folder, weight))
+            try:
+                weights.append(float(weight))
+            except ValueError:
+                weights.append(0.0)
+            if not 0 < weights[-1] < inf:
+                raise ConfigError(
+                    f'data.path: the weight of {folder} ("{weight}") must be a positive number, as in A:0.7,B:0.3.'
+                )
         folders.append(Path(folder.strip()).expanduser())
     if not folders:
         raise ConfigError('dataset "shards" needs data.path: a folder that scripts/prepare_data.py has made.')
@@ -107,13 +114,3 @@ def _folders_and_weights(path: str) -> tuple[list[Path], list[float] | None]:
             "weight, as in A:0.7,B:0.3, or give none."
         )
     return folders, weights or None
-
-
-def _weight(folder: str, text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = 0.0
-    if not 0 < weight < inf:
-        raise ConfigError(f'data.path: the weight of {folder} ("{text}") must be a positive number, as in A:0.7,B:0.3.')
-    return weight

@@ -25,18 +25,15 @@ class TokenDataset(Dataset):
 
     A window is seq_len + 1 token ids. Its last id is the first id of the next window, so that every id of a stream is a
     label once an epoch, except the first id and a remainder shorter than seq_len. Epoch i // n of a corpus visits its n
-    windows in a new order. A mixture draws from each corpus by weight, and each corpus passes through its epochs at its
-    own pace. weights None: by number of windows.
+    windows in a new order. A mixture draws from each corpus by weight; weights None: by number of windows.
 
-    packing says how documents in the same window see each other. "concat": they are one sequence, so later documents
-    attend to earlier ones. "documents": each document is a sequence by itself.
+    With packing "concat", the documents of a window are one sequence, so later documents attend to earlier ones. With
+    "documents", each document is a sequence by itself.
 
-    num_held_out windows are held out for validation and are never samples; held_out() gives them. They are the same for
-    every seed, are spread over all streams by weight, and share no label with a sample.
+    num_held_out windows are held out for validation and are never samples. They are the same for every seed, are spread
+    over all streams by weight, and share no label with a sample.
 
-    fingerprint names the samples and their order: a run that resumes with a different fingerprint reads different data.
-    corpus_fingerprint is the part that names the token ids and the weights.
-
+    fingerprint names the samples and their order; corpus_fingerprint is its part for the token ids and the weights.
     Raises ConfigError if a stream is shorter than a window, or if more than half of its windows would be held out.
     """
 
@@ -84,17 +81,15 @@ class TokenDataset(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """tokens, labels and positions of sample i, each [seq_len] int64.
 
-        labels[t] is the token after tokens[t]. It is IGNORE_INDEX where tokens[t] is eos, because a new document
-        follows and there is nothing to learn. positions count the window's tokens from 0. With packing "documents",
-        positions count each document's tokens from 0, and documents [seq_len] int64 is each token's document: 0, 1, ...
-        """
+        labels[t] is the token after tokens[t], or IGNORE_INDEX where tokens[t] is eos: a new document follows.
+        positions count the window's tokens from 0. With packing "documents", positions count each document's tokens,
+        and documents [seq_len] int64 is each token's document: 0, 1, ..."""
         corpus, i = (0, i) if len(self.corpora) == 1 else self.mixture(i)
         num_samples = self.num_windows[corpus] - self.num_held_out[corpus]
         epoch, place = divmod(i, num_samples)
         return self._sample(corpus, permute(place, num_samples, self.seed, epoch))
 
     def held_out(self) -> "FixedSamples":
-        """The held-out samples."""
         return FixedSamples(self._held_out_sample, sum(self.num_held_out), self.fingerprint)
 
     def first(self, num_samples: int) -> "FixedSamples":
@@ -112,17 +107,12 @@ class TokenDataset(Dataset):
         window = torch.from_numpy(ids.astype("int64"))
         tokens, labels = window[:-1], window[1:]
         is_end = tokens == self.corpora[corpus].eos_id
-        sample = {
-            "tokens": tokens,
-            "labels": labels.masked_fill(is_end, IGNORE_INDEX),
-            "positions": torch.arange(self.seq_len),
-        }
+        labels, positions = labels.masked_fill(is_end, IGNORE_INDEX), torch.arange(self.seq_len)
         if self.packing == "documents":
             documents = is_end.cumsum(0) - is_end.long()  # the number of ends before each token
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), is_end.nonzero()[:, 0] + 1])
-            sample["positions"] = sample["positions"] - starts[documents]
-            sample["documents"] = documents
-        return sample
+            return dict(tokens=tokens, labels=labels, positions=positions - starts[documents], documents=documents)
+        return dict(tokens=tokens, labels=labels, positions=positions)
 
 
 class FixedSamples(Dataset):
@@ -143,8 +133,7 @@ def permute(i: int, n: int, seed: int, epoch: int) -> int:
 
     A Feistel network on the pairs (left, right) of a grid of rows x columns >= n cells. Each round adds a keyed hash of
     one half to the other half. A round can be undone, so the network is a bijection of the grid. A result outside of
-    range(n) goes through the network again ("cycle walking", Black and Rogaway 2002). This happens a few times at most:
-    the grid has fewer than `rows` surplus cells.
+    range(n) goes through the network again ("cycle walking", Black and Rogaway 2002); fewer than `rows` cells are.
     """
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)

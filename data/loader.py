@@ -47,9 +47,8 @@ def build_loader(
         below = global_batch_size // at_once * at_once
         fitting = f"{below} or {below + at_once}" if below > 0 else f"{at_once}"
         raise ConfigError(
-            f"training.global_batch_size ({global_batch_size}) must be a multiple of local_batch_size x "
-            f"data ranks ({local_batch_size} x {dp_degree} = {at_once}); use {fitting}, or another "
-            "local_batch_size."
+            f"training.global_batch_size ({global_batch_size}) must be a multiple of local_batch_size x data ranks "
+            f"({local_batch_size} x {dp_degree} = {at_once}); use {fitting}, or another local_batch_size."
         )
     share = global_batch_size // dp_degree
     first_samples = count(samples_consumed + dp_rank * share, global_batch_size)
@@ -75,7 +74,7 @@ class Loader:
         return microbatches
 
     def take_seconds_waited(self) -> float:
-        """Seconds spent in next() since the last call of this method: the time that training has waited for data."""
+        """The seconds that training has waited in next() since the last call of this method."""
         waited, self._seconds_waited = self._seconds_waited, 0.0
         return waited
 
@@ -96,11 +95,9 @@ class _Steps(Dataset):
 
 
 def _start(steps: _Steps, first_samples: Iterator[int], num_workers: int) -> Iterator[list[Microbatch] | ConfigError]:
-    """Fetches the steps. A generator, so that workers start at the first step, when the model is in memory.
-
-    It does not refer to Loader. In a cycle of references, workers would outlive their queues, and each of them would be
-    waited for in vain for 5 seconds.
-    """
+    """Fetches the steps. A generator, so that workers start at the first step, when the model is in memory. It does
+    not refer to Loader: in a cycle of references, workers would outlive their queues, and exit would take 5 seconds
+    each."""
     with warnings.catch_warnings():  # torchdata 0.11 uses a function that torch 2.13 calls deprecated
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         batches = StatefulDataLoader(
@@ -115,11 +112,9 @@ def _start(steps: _Steps, first_samples: Iterator[int], num_workers: int) -> Ite
 
 
 def _survive_signals(worker: int) -> None:
-    """Lets only the training process end a worker: by SIGTERM, or by its own end.
-
-    The signal that asks a run to save and end often reaches all processes of the run. A worker that died of it would
-    end the run with an error. (torch watches os.getppid(), which is a server's number where workers are not forked.)
-    """
+    """Lets only the training process end a worker, by SIGTERM or by its end. The signal that asks a run to save and end
+    often reaches all processes of the run, and a worker that died of it would end the run with an error. torch watches
+    os.getppid(), which is a server's number where workers are not forked."""
     run = multiprocessing.parent_process()
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # in threads too

@@ -1,8 +1,8 @@
 """Documents -> a corpus on disk (data/shards.py): in parallel, and resumable after a kill.
 
-A source is cut into jobs, in an order and of a size that depend on its files alone. Each job becomes a shard. A
-finished shard leaves a note, 00000.json, and the notes together become the index. So a second run makes only the
-missing shards. If two runs work in the same folder at once, they write the same bytes.
+A source is cut into jobs that depend on its files alone. Each job becomes a shard. A finished shard leaves a note,
+00000.json, and the notes together become the index. So a second run makes only the missing shards. If two runs work in
+the same folder at once, they write the same bytes.
 
 Proof: tests/test_shards.py::test_any_number_of_processes_makes_the_same_files,
 tests/test_shards.py::test_killed_prepare_makes_only_missing_shards.
@@ -28,8 +28,6 @@ from errors import ConfigError
 SHARD_BYTES = 2**28  # about as much of a source's text as a shard holds
 BATCH_CHARS = 4_000_000  # text that is encoded at once; the memory in use is proportional to it
 
-Report = Callable[[int, int, TokenShard], None]
-
 
 def prepare(
     source: Source,
@@ -38,23 +36,20 @@ def prepare(
     *,
     processes: int = 0,
     shard_bytes: int = SHARD_BYTES,
-    report: Report = lambda done, total, shard: None,
+    report: Callable[[int, int, TokenShard], None] = lambda done, total, shard: None,
 ) -> Path:
     """Makes the corpus of source's documents in folder, as far as it is missing, and returns folder.
 
-    processes is the number of worker processes, of one thread each; with 0, this process makes the shards, with a
-    thread for each core. report is called after each shard with the number of finished shards, the number of all
-    shards, and the shard. Each process needs memory in proportion to BATCH_CHARS and to the longest document. Raises
-    ConfigError if there is no text, a document cannot be read, or the folder cannot be written or holds a different
-    corpus."""
-    folder = Path(folder)
-    key = cache_key(source, tokenizer, shard_bytes)
-    bytes_per_id = _bytes_per_id(tokenizer)
+    processes is the number of worker processes of one thread each; with 0, this process makes the shards with a thread
+    for each core. Each process needs memory in proportion to BATCH_CHARS and to the longest document. report is called
+    after each shard with the number of finished shards, the number of all shards, and the shard. Raises ConfigError if
+    there is no text, a document cannot be read, or the folder cannot be written or holds a different corpus."""
+    folder, key, bytes_per_id = Path(folder), cache_key(source, tokenizer, shard_bytes), _bytes_per_id(tokenizer)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         index = read_index(folder)
         _require_same(folder, index.source if index else key, key)
-        if index and all(_is_there(folder, n, shard, bytes_per_id) for n, shard in enumerate(index.shards)):
+        if index and all(_finished(folder, n, index, key, bytes_per_id) for n in range(len(index.shards))):
             return folder
         jobs = source.jobs(shard_bytes)
         shards = {n: shard for n in range(len(jobs)) if (shard := _finished(folder, n, index, key, bytes_per_id))}
@@ -74,8 +69,8 @@ def prepare(
 
 
 def cache_key(source: Source, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES) -> str:
-    """Hash of everything that decides a corpus's content. It reads no document: a file stands in it by name, size and
-    time."""
+    """Hash of everything that decides a corpus's content. No document is read: the source's fingerprint stands for
+    it."""
     text = f"{FORMAT} {tokenizer.fingerprint} {shard_bytes} {source.fingerprint()}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -150,7 +145,7 @@ def _note(folder: Path, number: int) -> Path:
 
 
 def _finished(folder: Path, number: int, index: CorpusIndex | None, key: str, bytes_per_id: int) -> TokenShard | None:
-    """A shard that an earlier run has finished, or None."""
+    """The entry of a shard that an earlier run has finished; None if there is no such shard."""
     if index:
         shard = index.shards[number]
     else:
@@ -160,12 +155,8 @@ def _finished(folder: Path, number: int, index: CorpusIndex | None, key: str, by
             shard = TokenShard(**values)
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-    return shard if _is_there(folder, number, shard, bytes_per_id) else None
-
-
-def _is_there(folder: Path, number: int, shard: TokenShard, bytes_per_id: int) -> bool:
     path = shard_path(folder, number)
-    return path.is_file() and path.stat().st_size == shard.file_bytes(bytes_per_id)
+    return shard if path.is_file() and path.stat().st_size == shard.file_bytes(bytes_per_id) else None
 
 
 def _require_same(folder: Path, found: str, key: str) -> None:

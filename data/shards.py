@@ -12,8 +12,8 @@ truncated, or missing               when a run opens the corpus: every file's si
 changed, with its size kept         when a run reads the changed block, before it trains on it: by the block's CRC
 any of these, or a wrong index      by `scripts/prepare_data.py --verify FOLDER`, which reads everything
 
-Opening a corpus looks up the size of each file, and reading a sample reads one or two blocks, for a corpus of any size.
-Files are not mapped into memory: if a mapped file shrinks, the process is killed without a message.
+Reading a sample reads one or two blocks. Files are not mapped into memory: if a mapped file shrinks, the process is
+killed without a message.
 
 Proof: tests/test_shards.py::test_changed_shard_is_noticed_before_training,
 tests/test_shards.py::test_opening_a_large_corpus_reads_no_tokens.
@@ -90,8 +90,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_whole(path: Path, value: dict) -> None:
     """Writes a JSON file that appears whole or not at all."""
-    temporary = _temporary(path)
-    write_json(temporary, value)
+    write_json(temporary := _temporary(path), value)
     os.replace(temporary, path)
 
 
@@ -103,8 +102,7 @@ class ShardWriter:
     """Writes a shard under a temporary name. close() renames the file and returns the shard's entry in the index."""
 
     def __init__(self, path: Path, bytes_per_id: int):
-        self.path, self.temporary = path, _temporary(path)
-        self.dtype = np.dtype(f"<u{bytes_per_id}")
+        self.path, self.temporary, self.dtype = path, _temporary(path), np.dtype(f"<u{bytes_per_id}")
         self.file, self.digest = open(self.temporary, "wb"), sha256()  # noqa: SIM115
         self.rest, self.checksums = b"", bytearray()
         self.num_tokens = self.num_documents = self.text_bytes = 0
@@ -120,8 +118,7 @@ class ShardWriter:
         self.rest = stream[whole:]
 
     def _write(self, stream: bytes) -> None:
-        for start in range(0, len(stream), BLOCK_BYTES):
-            self.checksums += zlib.crc32(stream[start : start + BLOCK_BYTES]).to_bytes(4, "little")
+        self.checksums += _checksums(stream)
         self.digest.update(stream)
         self.file.write(stream)
 
@@ -140,22 +137,33 @@ class ShardWriter:
         self.temporary.unlink(missing_ok=True)
 
 
-class Corpus:
-    """The stream of token ids in a folder. fingerprint is a hash of the ids.
+def _checksums(stream: bytes) -> bytes:
+    """The CRC-32 of each block, 4 bytes each."""
+    blocks = (memoryview(stream)[at : at + BLOCK_BYTES] for at in range(0, len(stream), BLOCK_BYTES))
+    return b"".join(zlib.crc32(block).to_bytes(4, "little") for block in blocks)
 
-    Raises ConfigError if there is no index, or if a shard's size contradicts it."""
+
+class Corpus:
+    """The stream of token ids in a folder. fingerprint is a hash of the ids. Raises ConfigError if there is no index or
+    if a shard's size contradicts it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        index = read_index(self.folder)
+        self.index = index = read_index(self.folder)
         if index is None:
             raise ConfigError(
                 f"{self.folder} is not a corpus: it has no index.json; make a corpus with scripts/prepare_data.py, or "
                 "let that command finish."
             )
-        self.index, self.bytes_per_id, self.eos_id = index, index.bytes_per_id, index.eos_id
-        for number in range(len(index.shards)):
-            self._require_size(number)
+        self.bytes_per_id, self.eos_id = index.bytes_per_id, index.eos_id
+        for number, shard in enumerate(index.shards):
+            path, expected = shard_path(self.folder, number), shard.file_bytes(self.bytes_per_id)
+            try:
+                size = os.stat(path).st_size
+            except OSError as error:
+                raise ConfigError(f"{path} cannot be read: {error.strerror}; {MAKE_AGAIN}") from None
+            if size != expected:
+                raise ConfigError(f"{path} has {size:,} bytes, its index says {expected:,}; {MAKE_AGAIN}")
         self.ends = list(accumulate(shard.num_tokens for shard in index.shards))
         self.num_tokens = self.ends[-1] if self.ends else 0
         self.num_documents = sum(shard.num_documents for shard in index.shards)
@@ -168,11 +176,9 @@ class Corpus:
         return Corpus, (self.folder,)  # pickled by its folder: open files cannot go to another process
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """The ids start ... start + count - 1: [count] uint16 or uint32. Raises ConfigError if a block has changed
-        since it was written."""
+        """The ids start ... start + count - 1: [count] uint16 or uint32. Raises ConfigError if a block has changed."""
         assert start >= 0 and start + count <= self.num_tokens
-        parts = []
-        number = bisect_right(self.ends, start)
+        parts, number = [], bisect_right(self.ends, start)
         while count > 0:
             first = start - (self.ends[number] - self.index.shards[number].num_tokens)
             here = min(count, self.ends[number] - start)
@@ -182,7 +188,7 @@ class Corpus:
 
     def _read(self, number: int, first: int, count: int) -> np.ndarray:
         """The ids first ... first + count - 1 of a shard."""
-        size = self.index.shards[number].num_tokens * self.bytes_per_id
+        path, size = shard_path(self.folder, number), self.index.shards[number].num_tokens * self.bytes_per_id
         begin, end = first * self.bytes_per_id, (first + count) * self.bytes_per_id
         blocks = range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
         offset = blocks.start * BLOCK_BYTES
@@ -191,27 +197,12 @@ class Corpus:
             stream = os.pread(file, min(blocks.stop * BLOCK_BYTES, size) - offset, offset)
             checksums = os.pread(file, 4 * len(blocks), size + 4 * blocks.start)
         except OSError as error:
-            raise ConfigError(f"{shard_path(self.folder, number)} cannot be read: {error.strerror}.") from None
-        found = b"".join(
-            zlib.crc32(memoryview(stream)[at : at + BLOCK_BYTES]).to_bytes(4, "little")
-            for at in range(0, len(blocks) * BLOCK_BYTES, BLOCK_BYTES)
-        )
-        if found != checksums:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+        if not stream or _checksums(stream) != checksums:  # a truncated file may have neither ids nor checksums
             raise ConfigError(
-                f"{shard_path(self.folder, number)} has changed since it was written (around byte {begin:,}); delete "
-                f"it, then {MAKE_AGAIN}"
+                f"{path} has changed since it was written (around byte {begin:,}); delete it, then {MAKE_AGAIN}"
             )
         return np.frombuffer(stream, f"<u{self.bytes_per_id}", count, begin - offset)
-
-    def _require_size(self, number: int) -> None:
-        path = shard_path(self.folder, number)
-        expected = self.index.shards[number].file_bytes(self.bytes_per_id)
-        try:
-            size = os.stat(path).st_size
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}; {MAKE_AGAIN}") from None
-        if size != expected:
-            raise ConfigError(f"{path} has {size:,} bytes, its index says {expected:,}; {MAKE_AGAIN}")
 
 
 def _open_shard(folder: Path, number: int):
@@ -223,11 +214,11 @@ def verify(folder: Path, report: Callable[[int, int], None] = lambda done, total
     Corpus does."""
     index, wrong = Corpus(folder).index, []
     for number, shard in enumerate(index.shards):
-        digest = sha256()
-        with open(shard_path(folder, number), "rb") as file:
+        digest, path = sha256(), shard_path(folder, number)
+        with open(path, "rb") as file:
             while chunk := file.read(2**22):
                 digest.update(chunk)
         if digest.hexdigest() != shard.sha256:
-            wrong.append(f"{shard_path(folder, number)}: SHA-256 is {digest.hexdigest()}, not {shard.sha256}")
+            wrong.append(f"{path}: SHA-256 is {digest.hexdigest()}, not {shard.sha256}")
         report(number + 1, len(index.shards))
     return wrong

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -43,8 +43,8 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class FileSlice:
-    """A part of a file: the lines of a .jsonl that begin at the bytes start ... stop - 1, the row groups start ...
-    stop - 1 of a .parquet, or a whole text file."""
+    """The lines of a .jsonl file that begin at the bytes start ... stop - 1, the row groups start ... stop - 1 of a
+    .parquet file, or a whole text file."""
 
     file: Path
     start: int
@@ -70,10 +70,8 @@ class ShardJob:
 
 
 class FileSource:
-    """The documents of files, in the order of the files' paths.
-
-    skip_unreadable leaves out files that cannot be read or are not UTF-8; otherwise such a file is an error.
-    """
+    """The documents of files, in the order of the files' paths. A file that cannot be read or is not UTF-8 is left out
+    with skip_unreadable, and is an error without it."""
 
     def __init__(self, root: Path, files: set[Path], *, text_key: str, skip_unreadable: bool) -> None:
         self.root, self.files = root.absolute(), sorted(files, key=Path.as_posix)
@@ -87,24 +85,24 @@ class FileSource:
         return f"the {len(self.files)} file(s) of {self.root}"
 
     def fingerprint(self) -> str:
-        """Changes when a file's name, size or time changes, so that no file is read."""
+        """A text of each file's name, size and time, so that no file is read."""
         try:
             stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
         except OSError as error:
             raise ConfigError(f"data.path: {error.filename} cannot be read: {error.strerror}.") from None
-        # With the folder and the Python version, because archives and images may give every file the same time.
+        # The folder and the Python version are in it, because archives and images may give every file the same time.
         return repr((str(self.root), sys.version, self.text_key, self.skip_unreadable, stats))
 
     def jobs(self, shard_bytes: int) -> list[ShardJob]:
         """Small files share a job; large .jsonl and .parquet files are cut."""
-        jobs, slices, size = [], [], 0
+        jobs, size = [[]], 0
         for piece, piece_bytes in (item for file in self.files for item in self._slices(file, shard_bytes)):
-            if slices and size + piece_bytes > shard_bytes:
-                jobs.append(slices)
-                slices, size = [], 0
-            slices.append(piece)
+            if jobs[-1] and size + piece_bytes > shard_bytes:
+                jobs.append([])
+                size = 0
+            jobs[-1].append(piece)
             size += piece_bytes
-        return [ShardJob(tuple(slices), self.text_key, self.skip_unreadable) for slices in [*jobs, slices]]
+        return [ShardJob(tuple(slices), self.text_key, self.skip_unreadable) for slices in jobs]
 
     def _slices(self, file: Path, shard_bytes: int) -> Iterator[tuple[FileSlice, int]]:
         """The file's slices, each with its approximate bytes."""
@@ -141,39 +139,36 @@ def _jsonl(piece: FileSlice, text_key: str) -> Iterator[str]:
         while (start := file.tell()) < piece.stop and (line := file.readline()):
             if start == 0:
                 line = line.removeprefix(codecs.BOM_UTF8)
-            if line.isspace() or not line:
+            if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode())
             except json.JSONDecodeError as error:
-                number = _line_number(piece.file, start)
-                raise ConfigError(f"data.path: {piece.file}:{number} is not JSON: {error.msg}.") from None
+                raise ConfigError(f"{_line(piece.file, start)} is not JSON: {error.msg}.") from None
             text = record.get(text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 keys = "keys " + ", ".join(record) if isinstance(record, dict) else "no keys: it is not an object"
                 raise ConfigError(
-                    f'data.path: {piece.file}:{_line_number(piece.file, start)} has no string under "{text_key}" '
-                    f"(data.text_key); it has {keys}."
+                    f'{_line(piece.file, start)} has no string under "{text_key}" (data.text_key); it has {keys}.'
                 )
             yield text
 
 
-def _line_number(path: Path, start: int) -> int:
+def _line(path: Path, start: int) -> str:
     with open(path, "rb") as file:
-        return 1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(min(2**20, start - file.tell())), b""))
+        chunks = iter(lambda: file.read(min(2**20, start - file.tell())), b"")
+        number = 1 + sum(chunk.count(b"\n") for chunk in chunks)
+    return f"data.path: {path}:{number}"
 
 
 def _parquet(piece: FileSlice, text_key: str) -> Iterator[str]:
     file = _parquet_file(piece.file)
-    column = file.schema_arrow.field(text_key) if text_key in file.schema_arrow.names else None
-    if column is None or str(column.type) not in ("string", "large_string"):
+    names, groups = file.schema_arrow.names, list(range(piece.start, piece.stop))
+    if text_key not in names or str(file.schema_arrow.field(text_key).type) not in ("string", "large_string"):
         raise ConfigError(
-            f'data.path: {piece.file} has no column of strings "{text_key}" (data.text_key); it has '
-            f"{', '.join(file.schema_arrow.names)}."
+            f'data.path: {piece.file} has no column of strings "{text_key}" (data.text_key); it has {", ".join(names)}.'
         )
-    for batch in file.iter_batches(
-        batch_size=1024, columns=[text_key], row_groups=list(range(piece.start, piece.stop))
-    ):
+    for batch in file.iter_batches(batch_size=1024, columns=[text_key], row_groups=groups):
         yield from batch.column(0).to_pylist()
 
 
@@ -200,48 +195,41 @@ def build_source(dataset: str, path: str, text_key: str = "text") -> FileSource:
     if dataset == "python_stdlib":
         if path:
             raise ConfigError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')
-        return _python_stdlib(text_key)
-    assert dataset == "text", dataset
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = {file for file in _walk(root, STDLIB_LEFT_OUT, STDLIB_LEFT_OUT_PREFIXES) if file.suffix == ".py"}
+        if not files:
+            raise ConfigError(
+                f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; "
+                'use another Python, or data.dataset = "text" with a path.'
+            )
+        # Some versions hold a few files outside of test/ that are undecodable on purpose.
+        return FileSource(root, files, text_key=text_key, skip_unreadable=True)
+    if dataset != "text":
+        raise ConfigError(f'data.dataset "{dataset}" has no source; add one to build_source in data/sources.py.')
     if not path:
         raise ConfigError(
             'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'
         )
-    return _text_files(path, text_key)
-
-
-def _python_stdlib(text_key: str) -> FileSource:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = set()
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if _in_stdlib(name)]
-        files |= {Path(folder, name) for name in names if name.endswith(".py") and _in_stdlib(name)}
-    if not files:
-        raise ConfigError(
-            f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; "
-            'use another Python, or data.dataset = "text" with a path.'
-        )
-    # Some versions hold a few files outside of test/ that are undecodable on purpose.
-    return FileSource(root, files, text_key=text_key, skip_unreadable=True)
-
-
-def _in_stdlib(name: str) -> bool:
-    return name not in STDLIB_LEFT_OUT and not name.startswith(STDLIB_LEFT_OUT_PREFIXES)
-
-
-def _text_files(path: str, text_key: str) -> FileSource:
     root = Path(path).expanduser()
-    if root.is_file():
+    if root.is_dir():
+        files = _walk(root)
+    elif root.is_file():
         files = {root}
-    elif root.is_dir():
-        files = set()
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            files |= {Path(folder, name) for name in names if not name.startswith(".")}
     else:
         files = {file for match in glob.glob(str(root), recursive=True) if (file := Path(match)).is_file()}
     if not files:
         raise ConfigError(f"data.path ({path}) matches no file; the current folder is {Path.cwd()}.")
     return FileSource(root, files, text_key=text_key, skip_unreadable=False)
+
+
+def _walk(root: Path, left_out: Container[str] = (), prefixes: tuple[str, ...] = (".",)) -> set[Path]:
+    """The files under a folder, without the names left_out, and without names that begin with one of prefixes."""
+    files = set()
+    for folder, subfolders, names in os.walk(root):
+        kept = {name for name in subfolders + names if name not in left_out and not name.startswith(prefixes)}
+        subfolders[:] = kept.intersection(subfolders)
+        files |= {Path(folder, name) for name in kept.intersection(names)}
+    return files
 
 
 def _unreadable(file: Path, error: UnicodeDecodeError | OSError) -> str:

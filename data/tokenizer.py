@@ -30,33 +30,18 @@ LLAMA3_PATTERN = (
 )
 LLAMA3_NUM_RANKS = 128_000
 LLAMA3_SPECIALS = [
-    BOS,
-    EOS,
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    "<|image|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
-]
+    BOS, EOS, "<|reserved_special_token_0|>", "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>",
+    "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    "<|image|>", *(f"<|reserved_special_token_{i}|>" for i in range(2, 246)),
+]  # fmt: skip
 
 # A call of tiktoken with more than about a million spaces in a row fails: its regular expression's stack is full.
 MAX_PIECE_CHARS = 400_000
 
 
 class Tokenizer:
-    """A byte-level BPE, as build_tokenizer makes it.
-
-    name        as the user wrote it
-    vocab_size  number of ids with the special tokens: the largest id + 1
-    bos_id      the id before each document; None if the tokenizer has no such token
-    eos_id      the id after each document
-    """
+    """A byte-level BPE. name is as the user wrote it, vocab_size the largest id + 1, with the special tokens. bos_id is
+    the id before each document, or None if the tokenizer has no such token; eos_id is the id after each document."""
 
     def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int]) -> None:
         self.name = name
@@ -76,19 +61,16 @@ class Tokenizer:
 
     @cached_property
     def _encoding(self):
-        import tiktoken  # imported here, because a run whose tokens are in the cache never encodes
+        from tiktoken import Encoding  # imported here, because a run whose tokens are in the cache never encodes
 
-        return tiktoken.Encoding(
-            self.name, pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens=self._specials
-        )
+        return Encoding(self.name, pat_str=self._pattern, mergeable_ranks=self._ranks, special_tokens=self._specials)
 
     def encode(self, text: str) -> list[int]:
         """The ids of text, without bos and eos. The name of a special token in it is ordinary text."""
         return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays, in parallel, since tiktoken releases the GIL. threads None: chosen
-        by the number of cores."""
+        """encode() of each text, as uint32 arrays, in parallel: tiktoken releases the GIL. threads None: as cores."""
         pieces = [list(_pieces(text)) for text in texts]
         _ = self._encoding  # made here, before threads race for it
         with ThreadPoolExecutor(threads) as pool:
@@ -96,8 +78,7 @@ class Tokenizer:
             return [np.concatenate([next(encoded) for _ in of_text]) for of_text in pieces]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids. Special tokens become their names; unknown ids and bytes that are not UTF-8 become
-        U+FFFD."""
+        """The text of ids: names for special tokens, U+FFFD for unknown ids and bytes that are not UTF-8."""
         return b"".join(self._bytes_of(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def _encode_piece(self, piece: str) -> np.ndarray:
@@ -133,10 +114,21 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
 
         if name_or_path in tiktoken.list_encoding_names():
             return _tiktoken_encoding(name_or_path)
-        if not path.exists():
-            raise ConfigError(_unknown(name_or_path, tiktoken.list_encoding_names()))
         if path.is_dir():
-            path = _tokenizer_file(path)
+            # tokenizer.json first: a tokenizer.model beside it may be SentencePiece's. Llama 3's folder has original/.
+            files = [path / name for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model")]
+            found = next(filter(Path.is_file, files), None)
+            if found is None:
+                raise ConfigError(f"tokenizer {path} is a folder without a tokenizer.json or tokenizer.model in it.")
+            path = found
+        elif not path.exists():
+            if os.sep in name_or_path or "." in name_or_path:
+                raise ConfigError(f'tokenizer {name_or_path}: no such file or folder; "bpe_4096" and "byte" need none.')
+            names = ["byte", *SHIPPED, *tiktoken.list_encoding_names()]
+            raise ConfigError(
+                f'tokenizer "{name_or_path}" is unknown;{did_you_mean(name_or_path, names)} Valid are '
+                f"{', '.join(names)}, and paths of files."
+            )
         if path.suffix == ".json":
             from data.hf_tokenizer import HFTokenizer  # imported here, because it imports this file
 
@@ -144,6 +136,23 @@ def build_tokenizer(name_or_path: str) -> Tokenizer:
     ranks = read_ranks(path)
     names = LLAMA3_SPECIALS if len(ranks) == LLAMA3_NUM_RANKS else [BOS, EOS]
     return Tokenizer(name_or_path, ranks, LLAMA3_PATTERN, {s: len(ranks) + i for i, s in enumerate(names)})
+
+
+def _tiktoken_encoding(name: str) -> Tokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # every error of requests is an OSError; a wrong checksum is a ValueError
+        raise ConfigError(
+            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed ({type(error).__name__}); put '
+            "its file into the folder that TIKTOKEN_CACHE_DIR names, or use a tokenizer that works offline: "
+            '"bpe_4096", "byte", or the path of a file in tiktoken\'s format.'
+        ) from None
+    # The private names are those of tiktoken's own README, "Extending tiktoken".
+    tokenizer = Tokenizer(name, encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
+    tokenizer._encoding = encoding
+    return tokenizer
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
@@ -169,8 +178,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     missing = [i for i in range(256) if bytes([i]) not in ranks]
     if missing:
         raise ConfigError(
-            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is "
-            f"{missing[0]}), so not every text could be encoded; is the file complete?"
+            f"tokenizer {path}: {len(missing)} of the 256 single bytes have no rank (the first is {missing[0]}), so "
+            "not every text could be encoded; is the file complete?"
         )
     return ranks
 
@@ -185,46 +194,10 @@ def without_surrogates(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterable[str]:
-    """text in parts of at most MAX_PIECE_CHARS, cut after a line's end if there is a line's end, so that words stay
-    whole."""
+    """text in parts of at most MAX_PIECE_CHARS, cut after a line's end where possible, so that words stay whole."""
     start = 0
     while len(text) - start > MAX_PIECE_CHARS:
         end = text.rfind("\n", start, start + MAX_PIECE_CHARS) + 1 or start + MAX_PIECE_CHARS
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _tiktoken_encoding(name: str) -> Tokenizer:
-    import tiktoken
-
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except (OSError, ValueError) as error:  # every error of requests is an OSError; a wrong checksum is a ValueError
-        raise ConfigError(
-            f'tokenizer "{name}" is downloaded by tiktoken on first use, which failed '
-            f"({type(error).__name__}); put its file into the folder that TIKTOKEN_CACHE_DIR "
-            "names, or use a tokenizer that works offline: "
-            '"bpe_4096", "byte", or the path of a file in tiktoken\'s format.'
-        ) from None
-    # The private names are those of tiktoken's own README, "Extending tiktoken".
-    tokenizer = Tokenizer(name, encoding._mergeable_ranks, encoding._pat_str, encoding._special_tokens)
-    tokenizer._encoding = encoding
-    return tokenizer
-
-
-def _tokenizer_file(folder: Path) -> Path:
-    # tokenizer.json first, since a tokenizer.model beside it may be SentencePiece's. Llama 3's folder has original/.
-    for name in ("tokenizer.json", "tokenizer.model", "original/tokenizer.model"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"tokenizer {folder} is a folder without a tokenizer.json or tokenizer.model in it.")
-
-
-def _unknown(name: str, encodings: list[str]) -> str:
-    if os.sep in name or "." in name:
-        return f'tokenizer {name}: no such file or folder; "bpe_4096" and "byte" need none.'
-    names = ["byte", *SHIPPED, *encodings]
-    return (
-        f'tokenizer "{name}" is unknown;{did_you_mean(name, names)} Valid are {", ".join(names)}, and paths of files.'
-    )

@@ -17,24 +17,19 @@ def num_params(args: ModelArgs, *, active: bool = False, mtp: bool = False) -> i
     return embeddings + args.dim + blocks + n_mtp * (2 * args.dim + 3) * args.dim
 
 
-def num_matmul_params(args: ModelArgs) -> int:
-    """Number of parameters that a token is multiplied with: blocks with top_k experts, head, and MTP, which runs the
-    head once more for each depth; no norms and no embedding lookup."""
-    mtp = args.n_mtp_layers
-    blocks = sum(_block_matmul_params(args, layer, True) for layer in range(args.n_layers + mtp))
-    return blocks + (1 + mtp) * args.vocab_size * args.dim + mtp * 2 * args.dim * args.dim
-
-
 def flops_per_token(args: ModelArgs, seq_len: int, *, causal: bool = False) -> int:
-    """Forward and backward FLOPs of one training token in a sequence of seq_len.
-
-    6 per matmul parameter (2 forward, 4 backward) and 6 x layers x heads x (d_qk + d_v) x seq_len for the two products
+    """Forward and backward FLOPs of one training token in a sequence of seq_len: 6 per matmul parameter (2 forward, 4
+    backward) and 6 x layers x heads x (d_qk + d_v) x seq_len for the two products
     of attention (PaLM, arXiv:2204.02311, appendix B). `causal` counts only the half of attention that a causal mask
     needs. The reported MFU counts all of it, as torchtitan does, so that numbers compare. Recomputation is never
     counted."""
-    layers = args.n_layers + args.n_mtp_layers
+    mtp, layers = args.n_mtp_layers, args.n_layers + args.n_mtp_layers
+    params = sum(_block_matmul_params(args, layer, active=True) for layer in range(layers))
+    params += (
+        1 + mtp
+    ) * args.vocab_size * args.dim + mtp * 2 * args.dim * args.dim  # a head and a projection per depth
     attention = 6 * layers * args.n_heads * (args.head_dim + args.value_head_dim) * seq_len
-    return 6 * num_matmul_params(args) + (attention // 2 if causal else attention)
+    return 6 * params + (attention // 2 if causal else attention)
 
 
 def _block_params(args: ModelArgs, layer: int, active: bool) -> int:

@@ -8,7 +8,7 @@ computed twice. From forward to backward it keeps a gradient like h and a gradie
 schedule that runs many forwards before the first backward (GPipe), it does so for each microbatch.
 
 With chunk_size 0 `reference_loss` itself runs, and autograd does the backward: all logits exist at once. To try another
-loss, change that function and set training.loss_chunk_size to 0.
+loss, change that function and set training.loss_chunk_size to 0; tensor parallelism runs it too.
 
 torch 2.13 has F.linear_cross_entropy for the same purpose. It is not used yet: torch 2.11 lacks it, it has no
 vocabulary-parallel form, and its chunked path does not compile.
@@ -147,8 +147,8 @@ class LossAndGradLogits(nn.Module):
         loss = (log_z - stats[:, 2].sum(0)).where(is_valid, 0.0).sum()
         # Each line is one pass over the chunk's logits, where they are not compiled into one. A position without a
         # label has no gradient: its probabilities become exp(-inf), and its row, -1, is no column.
-        log_z = log_z.where(is_valid, torch.inf)
-        probabilities = (logits.to(log_z.dtype) - log_z[:, None]).exp_()
+        log_z_or_inf = log_z.where(is_valid, torch.inf)[:, None]
+        probabilities = (logits.to(log_z.dtype) - log_z_or_inf).exp_()
         row, is_here = _row(labels, vocab_start_index, logits.size(-1))
         is_label = torch.arange(logits.size(-1), device=logits.device) == row.where(is_here, -1)[:, None]
         return loss, probabilities.sub_(is_label.to(torch.uint8)).to(logits.dtype)

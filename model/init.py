@@ -23,7 +23,7 @@ TRUNCATION = 3.0  # standard deviations
 def init_std(name: str, args: ModelArgs) -> float | None:
     """Standard deviation of a parameter's initial values; None for a norm's weight, which starts as ones. The two
     projections that write into the residual stream are divided by sqrt(2 x layers), so that the stream's variance does
-    not grow with depth (GPT-2, Radford et al. 2019, section 2.3)."""
+    not grow with depth (GPT-2, Radford et al. 2019, section 2.3). ValueError for a name without a rule."""
     *_, module, last = name.split(".")
     matrix = module if last == "weight" else last  # experts' matrices are parameters of one module
     if matrix in ("wo", "w2"):
@@ -32,7 +32,7 @@ def init_std(name: str, args: ModelArgs) -> float | None:
         return args.init_std
     if matrix.endswith("norm"):
         return None
-    raise AssertionError(f"{name}: no rule for its initial values")
+    raise ValueError(f"{name} has no rule for its initial values; add its module's name to init_std in model/init.py.")
 
 
 def fill_initial_values(local: Tensor, name: str, shape: torch.Size, indices: list[Tensor], args: ModelArgs, seed: int):

@@ -34,21 +34,18 @@ class MTPLayer(nn.Module):
 
 
 def add_mtp_targets(batch: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The batch of whole sequences with `mtp_tokens` and `mtp_labels` added; the batch itself for depth 0."""
-    return batch | mtp_targets(batch["tokens"], batch["labels"], depth) if depth else batch
-
-
-def mtp_targets(tokens: Tensor, labels: Tensor, depth: int) -> dict[str, Tensor]:
-    """The inputs of MTP for whole sequences, given tokens and labels [B, S]: `mtp_tokens` [B, S, depth], the k-th token
-    after each token, and `mtp_labels` [B, S, depth], the token after that one.
+    """The batch of whole sequences, `tokens` and `labels` [B, S], with `mtp_tokens` and `mtp_labels` [B, S, depth]
+    added: the k-th token after each token, and the token after that one. For depth 0 the batch itself.
 
     A label is IGNORE_INDEX unless all labels from the position up to it are valid: no prediction goes past the end of a
     document or of the sequence. Where there is no k-th token, mtp_tokens has 0."""
-    next_tokens, next_labels = [], []
+    if depth == 0:
+        return batch
+    tokens, labels, next_tokens, next_labels = batch["tokens"], batch["labels"], [], []
     for _ in range(depth):
         is_valid = labels != IGNORE_INDEX
         tokens = nn.functional.pad(tokens[:, 1:], (0, 1)).where(is_valid, 0)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).where(is_valid, IGNORE_INDEX)
         next_tokens.append(tokens)
         next_labels.append(labels)
-    return {"mtp_tokens": torch.stack(next_tokens, -1), "mtp_labels": torch.stack(next_labels, -1)}
+    return batch | {"mtp_tokens": torch.stack(next_tokens, -1), "mtp_labels": torch.stack(next_labels, -1)}

@@ -37,23 +37,17 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from torch_private import COLLECTIVE_OPS, MATMUL_OPS, set_activation_memory_budget
-
-aten = torch.ops.aten
+from torch_private import ATTENTION_OPS, COLLECTIVE_OPS, MATMUL_OPS, set_activation_memory_budget
 
 # Mode "op" keeps the outputs of these operators, and recomputes all others except every second matrix product.
 OPS_TO_SAVE = {
     # Attention: its FLOPs grow with the sequence, its output does not.
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
+    *ATTENTION_OPS,
     # Collectives would communicate twice. (A collective returns before its output is there: waiting is an operator
     # too.)
     *COLLECTIVE_OPS,
     # The choice of experts must not come out differently the second time.
-    aten.topk.default,
+    torch.ops.aten.topk.default,
 }
 
 

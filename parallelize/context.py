@@ -51,11 +51,9 @@ from torch_private import all_to_all_single_autograd
 
 def shard_sequence(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
     """This rank's chunks, [batch, seq / C], of each tensor [batch, seq, ...] of a batch; `documents` stays whole."""
-    size, rank = mesh.size(), mesh.get_local_rank()
-    if size == 1:
+    if mesh.size() == 1:
         return batch
-    chunks = {name: tensor.chunk(2 * size, dim=1) for name, tensor in batch.items()}
-    parts = {name: torch.cat((c[rank], c[2 * size - 1 - rank]), dim=1) for name, c in chunks.items()}
+    parts = {name: zigzag(tensor, mesh.size())[mesh.get_local_rank()] for name, tensor in batch.items()}
     return parts | {name: tensor for name, tensor in batch.items() if name == "documents"}
 
 

@@ -14,7 +14,8 @@ eh_proj and norm of multi-token prediction. Experts are not cut, see `paralleliz
 Collectives on the tp axis, per microbatch, for L blocks and an activation of A = batch x seq x dim elements:
 
     forward     embedding 1 reduce-scatter; each block 2 all-gathers and 2 reduce-scatters; head 1 all-gather and, for
-                each chunk of the loss, 1 all-gather of 3 float32 numbers a token and rank
+                each chunk of the loss, 1 all-gather of 3 float32 numbers a token and rank (with loss_chunk_size 0
+                instead 1 all-gather of the head's weight and 1 all-reduce of the loss)
     backward    a reduce-scatter for each all-gather, and an all-gather for each reduce-scatter, but none for the loss;
                 for each of the 2 L + 1 norms, 1 all-reduce of its gradient (by FSDP, before it scatters the gradient)
 
@@ -43,7 +44,7 @@ tests/test_communication_of_mixtures.py::test_tensor_parallel_bytes_equal_formul
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel
 
 from model.args import ModelArgs
@@ -169,8 +170,18 @@ class VocabParallelCrossEntropy(HeadCore):
         return DTensor.from_local(super().logits(h, weight.to_local()), self.mesh, [Shard(-1)]).full_tensor()
 
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if self.chunk_size == 0:
+            return self.reference(h, weight, labels)
         rows = weight.to_local()
         return loss_in_chunks(h, rows, labels, self.mesh.get_local_rank() * len(rows), self)
+
+    def reference(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """`reference_loss` of this rank's part of the tokens, with the whole vocabulary's weight, summed over the
+        ranks: what a fork changes in that function also holds here."""
+        whole = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        ranks, rank = self.mesh.size(), self.mesh.get_local_rank()
+        loss = self.reference_loss(h.chunk(ranks)[rank], whole, labels.chunk(ranks)[rank])
+        return DTensor.from_local(loss, self.mesh, [Partial()], run_check=False).full_tensor()
 
     def gather(self, stats: Tensor) -> Tensor:
         return DTensor.from_local(stats[None], self.mesh, [Shard(0)], run_check=False).full_tensor()

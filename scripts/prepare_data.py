@@ -19,12 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Data
-from data.hf_stream import HFStream
 from data.prepare import SHARD_BYTES, prepare
 from data.shards import Corpus, TokenShard, verify
 from data.sources import build_source
 from data.tokenizer import build_tokenizer
 from errors import ConfigError
+from scripts.hf_stream import HFStream
 
 
 class Progress:

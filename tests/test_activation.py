@@ -153,7 +153,7 @@ def test_activation_checkpointing_rejects_impossible_option(mode, option, messag
     mesh, options = SimpleNamespace(degrees=ParallelDims()), dict(mode=mode, selective_option=option)
     with pytest.raises(ValueError) as error:
         config = load_config(argv({f"activation_checkpoint.{name}": value for name, value in options.items()}))
-        raise ValueError(next(limits.activation_checkpointing(config, ARGS, mesh, None), ""))
+        raise ValueError(next(limits.recomputation(config, ARGS, mesh, None), ""))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 

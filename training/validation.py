@@ -31,13 +31,13 @@ class Validation:
     """Measures the loss of samples after every interval steps, and after last_step."""
 
     samples: Dataset  # samples[j] is a sequence, {name: [seq_len]}; with no samples, nothing is measured
-    interval: int
-    last_step: int
-    batch_size: int  # sequences of this data rank
+    stages: list[nn.Module]
     mesh: ParallelMesh
     forward: Callable[[Batch], Tensor]  # gives this rank's part of a batch's summed loss
     to_this_rank: Callable[[Batch], Batch]  # gives this rank's part of each sequence, on its device
-    stages: list[nn.Module]
+    interval: int
+    last_step: int
+    batch_size: int  # sequences of this data rank
 
     def maybe_run(self, step: int) -> dict[str, float]:
         """validation_loss in nats per token, validation_perplexity (its exponential) and validation_seconds; empty for
