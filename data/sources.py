@@ -12,8 +12,9 @@ import json
 import os
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -29,16 +30,15 @@ class Source(Protocol):
     """To add a source, write these three methods, and add its name to `data.dataset` in config.py and to build_source.
 
     A true stream cannot be a source of a run: sample i must be a pure function of (data, seed, i), so documents are
-    read in one fixed order that can be read again. scripts/prepare_data.py makes a corpus of a stream first."""
+    read in one fixed order that can be read again. scripts/prepare_data.py makes a corpus of a stream first.
 
-    def jobs(self, shard_bytes: int) -> Sequence[Iterable[str]]:
-        """The documents in order, cut into picklable jobs of about shard_bytes of text each."""
+    jobs         the documents in order, cut into picklable jobs of about shard_bytes of text each
+    fingerprint  a text that changes when the documents change
+    str()        the source's name in an error message"""
 
-    def fingerprint(self) -> str:
-        """A text that changes when the documents change."""
-
-    def __str__(self) -> str:
-        """The source's name in an error message."""
+    def jobs(self, shard_bytes: int) -> Sequence[Iterable[str]]: ...
+    def fingerprint(self) -> str: ...
+    def __str__(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,14 @@ class FileSlice:
     file: Path
     start: int
     stop: int
+    num_bytes: int  # about
 
 
 @dataclass(frozen=True)
 class ShardJob:
     """The documents that become one shard."""
 
-    slices: tuple[FileSlice, ...]
+    slices: list[FileSlice]
     text_key: str
     skip_unreadable: bool
 
@@ -66,19 +67,17 @@ class ShardJob:
                 yield from filter(None, read(piece, self.text_key))  # without empty documents
             except (UnicodeDecodeError, OSError) as error:
                 if not self.skip_unreadable:
-                    raise ConfigError(_unreadable(piece.file, error)) from None
+                    raise _unreadable(piece.file, error) from None
 
 
 class FileSource:
-    """The documents of files, in the order of the files' paths.
+    """The documents of files, in the order of the files' paths. With skip_unreadable, files that cannot be read or are
+    not UTF-8 are left out; otherwise such a file is an error."""
 
-    skip_unreadable leaves out files that cannot be read or are not UTF-8; otherwise such a file is an error.
-    """
-
-    def __init__(self, root: Path, files: set[Path], *, text_key: str, skip_unreadable: bool) -> None:
+    def __init__(self, root: Path, files: Iterable[Path], *, text_key: str, skip_unreadable: bool) -> None:
         self.root, self.files = root.absolute(), sorted(files, key=Path.as_posix)
         self.text_key, self.skip_unreadable = text_key, skip_unreadable
-        if text_key != "text" and not any(file.suffix in (".jsonl", ".parquet") for file in files):
+        if text_key != "text" and not any(file.suffix in (".jsonl", ".parquet") for file in self.files):
             raise ConfigError(
                 f'data.text_key ("{text_key}") has no effect: no .jsonl or .parquet file is read; leave it out.'
             )
@@ -91,46 +90,43 @@ class FileSource:
         try:
             stats = [(str(file), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in self.files]
         except OSError as error:
-            raise ConfigError(f"data.path: {error.filename} cannot be read: {error.strerror}.") from None
+            raise _unreadable(error.filename, error) from None
         # With the folder and the Python version, because archives and images may give every file the same time.
         return repr((str(self.root), sys.version, self.text_key, self.skip_unreadable, stats))
 
     def jobs(self, shard_bytes: int) -> list[ShardJob]:
         """Small files share a job; large .jsonl and .parquet files are cut."""
-        jobs, slices, size = [], [], 0
-        for piece, piece_bytes in (item for file in self.files for item in self._slices(file, shard_bytes)):
-            if slices and size + piece_bytes > shard_bytes:
-                jobs.append(slices)
-                slices, size = [], 0
-            slices.append(piece)
-            size += piece_bytes
-        return [ShardJob(tuple(slices), self.text_key, self.skip_unreadable) for slices in [*jobs, slices]]
+        jobs, size = [[]], 0
+        for piece in chain.from_iterable(self._slices(file, shard_bytes) for file in self.files):
+            if jobs[-1] and size + piece.num_bytes > shard_bytes:
+                jobs.append([])
+                size = 0
+            jobs[-1].append(piece)
+            size += piece.num_bytes
+        return [ShardJob(slices, self.text_key, self.skip_unreadable) for slices in jobs]
 
-    def _slices(self, file: Path, shard_bytes: int) -> Iterator[tuple[FileSlice, int]]:
-        """The file's slices, each with its approximate bytes."""
+    def _slices(self, file: Path, shard_bytes: int) -> Iterator[FileSlice]:
         try:
             size = file.stat().st_size
             if file.suffix == ".parquet":
                 metadata = _parquet_file(file).metadata
                 for group in range(metadata.num_row_groups):
-                    yield FileSlice(file, group, group + 1), metadata.row_group(group).total_byte_size
+                    yield FileSlice(file, group, group + 1, metadata.row_group(group).total_byte_size)
             elif file.suffix == ".jsonl" and size > shard_bytes:
                 for start in range(0, size, shard_bytes):
-                    yield FileSlice(file, start, min(start + shard_bytes, size)), shard_bytes
+                    yield FileSlice(file, start, min(start + shard_bytes, size), shard_bytes)
             else:
-                yield FileSlice(file, 0, size), size
+                yield FileSlice(file, 0, size, size)
         except OSError as error:
             if not self.skip_unreadable:
-                raise ConfigError(_unreadable(file, error)) from None
+                raise _unreadable(file, error) from None
 
     def __iter__(self) -> Iterator[str]:
-        for job in self.jobs(2**62):
-            yield from job
+        return chain.from_iterable(self.jobs(2**62))
 
 
 def _text(piece: FileSlice, text_key: str) -> Iterator[str]:
-    # utf-8-sig drops a byte order mark. Line ends are kept.
-    yield piece.file.read_bytes().decode("utf-8-sig")
+    yield piece.file.read_bytes().decode("utf-8-sig")  # drops a byte order mark, and keeps line ends
 
 
 def _jsonl(piece: FileSlice, text_key: str) -> Iterator[str]:
@@ -146,40 +142,37 @@ def _jsonl(piece: FileSlice, text_key: str) -> Iterator[str]:
             try:
                 record = json.loads(line.decode())
             except json.JSONDecodeError as error:
-                number = _line_number(piece.file, start)
-                raise ConfigError(f"data.path: {piece.file}:{number} is not JSON: {error.msg}.") from None
+                raise _wrong_line(piece.file, start, f"is not JSON: {error.msg}.") from None
             text = record.get(text_key) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 keys = "keys " + ", ".join(record) if isinstance(record, dict) else "no keys: it is not an object"
-                raise ConfigError(
-                    f'data.path: {piece.file}:{_line_number(piece.file, start)} has no string under "{text_key}" '
-                    f"(data.text_key); it has {keys}."
-                )
+                wrong = f'has no string under "{text_key}" (data.text_key); it has {keys}.'
+                raise _wrong_line(piece.file, start, wrong)
             yield text
 
 
-def _line_number(path: Path, start: int) -> int:
+def _wrong_line(path: Path, start: int, wrong: str) -> ConfigError:
+    """The error of the line that begins at the byte start, with the line's number in the whole file."""
     with open(path, "rb") as file:
-        return 1 + sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(min(2**20, start - file.tell())), b""))
+        chunks = iter(lambda: file.read(min(2**20, start - file.tell())), b"")
+        number = 1 + sum(chunk.count(b"\n") for chunk in chunks)
+    return ConfigError(f"data.path: {path}:{number} {wrong}")
 
 
 def _parquet(piece: FileSlice, text_key: str) -> Iterator[str]:
     file = _parquet_file(piece.file)
-    column = file.schema_arrow.field(text_key) if text_key in file.schema_arrow.names else None
-    if column is None or str(column.type) not in ("string", "large_string"):
+    types = {column.name: str(column.type) for column in file.schema_arrow}
+    if types.get(text_key) not in ("string", "large_string"):
         raise ConfigError(
-            f'data.path: {piece.file} has no column of strings "{text_key}" (data.text_key); it has '
-            f"{', '.join(file.schema_arrow.names)}."
+            f'data.path: {piece.file} has no column of strings "{text_key}" (data.text_key); it has {", ".join(types)}.'
         )
-    for batch in file.iter_batches(
-        batch_size=1024, columns=[text_key], row_groups=list(range(piece.start, piece.stop))
-    ):
+    groups = list(range(piece.start, piece.stop))
+    for batch in file.iter_batches(batch_size=1024, row_groups=groups, columns=[text_key]):
         yield from batch.column(0).to_pylist()
 
 
 def _parquet_file(path: Path):
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise ConfigError(f"data.path: {path} is Parquet, which needs pyarrow: pip install pyarrow.") from None
@@ -189,62 +182,52 @@ def _parquet_file(path: Path):
         raise ConfigError(f"data.path: {path} is not a Parquet file, or not a complete one.") from None
 
 
+def _unreadable(file: Path | str, error: UnicodeDecodeError | OSError) -> ConfigError:
+    if isinstance(error, OSError):
+        return ConfigError(f"data.path: {file} cannot be read: {error.strerror}.")
+    cure = "convert it, or leave it out with a glob such as dir/**/*.txt."
+    return ConfigError(f"data.path: {file} is not UTF-8 text; {cure}")
+
+
 def build_source(dataset: str, path: str, text_key: str = "text") -> FileSource:
     """The source of "python_stdlib", which has no path, or of "text", whose path is a file, a folder or a glob.
 
     python_stdlib is the source text of the running Python's standard library, about 12 MB, without its tests.
     text reads UTF-8 files. A .jsonl file holds a document in each line and a .parquet file in each row, under text_key;
     any other file is a document. Files are read in the order of their paths. Files in a folder whose names begin with a
-    dot are left out.
-    """
+    dot are left out."""
     if dataset == "python_stdlib":
         if path:
             raise ConfigError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')
-        return _python_stdlib(text_key)
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = _walk(root, lambda name: name in STDLIB_LEFT_OUT or name.startswith(STDLIB_LEFT_OUT_PREFIXES))
+        files = {file for file in files if file.suffix == ".py"}
+        if not files:
+            raise ConfigError(
+                f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; "
+                'use another Python, or data.dataset = "text" with a path.'
+            )
+        # Some versions hold a few files outside of test/ that are undecodable on purpose.
+        return FileSource(root, files, text_key=text_key, skip_unreadable=True)
     assert dataset == "text", dataset
     if not path:
         raise ConfigError(
             'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'
         )
-    return _text_files(path, text_key)
-
-
-def _python_stdlib(text_key: str) -> FileSource:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = set()
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if _in_stdlib(name)]
-        files |= {Path(folder, name) for name in names if name.endswith(".py") and _in_stdlib(name)}
-    if not files:
-        raise ConfigError(
-            f"dataset python_stdlib: this Python ({sys.version.split()[0]}) keeps no source text in {root}; "
-            'use another Python, or data.dataset = "text" with a path.'
-        )
-    # Some versions hold a few files outside of test/ that are undecodable on purpose.
-    return FileSource(root, files, text_key=text_key, skip_unreadable=True)
-
-
-def _in_stdlib(name: str) -> bool:
-    return name not in STDLIB_LEFT_OUT and not name.startswith(STDLIB_LEFT_OUT_PREFIXES)
-
-
-def _text_files(path: str, text_key: str) -> FileSource:
     root = Path(path).expanduser()
-    if root.is_file():
-        files = {root}
-    elif root.is_dir():
-        files = set()
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            files |= {Path(folder, name) for name in names if not name.startswith(".")}
-    else:
-        files = {file for match in glob.glob(str(root), recursive=True) if (file := Path(match)).is_file()}
+    if root.is_dir():
+        files = _walk(root, lambda name: name.startswith("."))
+    else:  # a glob, or a file, whose name may look like a glob
+        files = {root} if root.is_file() else set(filter(Path.is_file, map(Path, glob.glob(str(root), recursive=True))))
     if not files:
         raise ConfigError(f"data.path ({path}) matches no file; the current folder is {Path.cwd()}.")
     return FileSource(root, files, text_key=text_key, skip_unreadable=False)
 
 
-def _unreadable(file: Path, error: UnicodeDecodeError | OSError) -> str:
-    if isinstance(error, OSError):
-        return f"data.path: {file} cannot be read: {error.strerror}."
-    return f"data.path: {file} is not UTF-8 text; convert it, or leave it out with a glob such as dir/**/*.txt."
+def _walk(root: Path, is_left_out: Callable[[str], bool]) -> set[Path]:
+    """All files below root, without files and folders whose names are left out."""
+    files = set()
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not is_left_out(name)]
+        files |= {Path(folder, name) for name in names if not is_left_out(name)}
+    return files

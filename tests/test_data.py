@@ -9,8 +9,8 @@ import pytest
 from helpers.texts import BYTE, text_dataset
 
 from data import build_dataset, build_tokenizer
-from data.hf_stream import HFStream
 from data.sources import build_source
+from scripts.hf_stream import HFStream
 
 
 def test_python_stdlib_holds_the_library_alone():
