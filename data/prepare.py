@@ -11,10 +11,9 @@ tests/test_shards.py::test_killed_prepare_makes_only_missing_shards.
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,9 @@ def prepare(
     """Makes the corpus of source's documents in folder, as far as it is missing, and returns folder.
 
     processes is the number of worker processes, of one thread each; with 0, this process makes the shards, with a
-    thread for each core. report is called after each shard with the number of finished shards, the number of all
-    shards, and the shard. Each process needs memory in proportion to BATCH_CHARS and to the longest document. Raises
-    ConfigError if there is no text, a document cannot be read, or the folder cannot be written or holds a different
-    corpus."""
+    thread for each core. report gets, after each shard, the number of finished shards, the number of all shards, and
+    the shard. A process needs memory in proportion to BATCH_CHARS and to the longest document. Raises ConfigError if
+    there is no text, a document cannot be read, or the folder cannot be written or holds a different corpus."""
     folder = Path(folder)
     key, bytes_per_id = cache_key(source, tokenizer, shard_bytes), _bytes_per_id(tokenizer)
 
@@ -79,8 +77,7 @@ def prepare(
 
 
 def cache_key(source: Source, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES) -> str:
-    """Hash of everything that decides a corpus's content. It reads no document: a file stands in it by name, size and
-    time."""
+    """Hash of all that decides a corpus's content. A file stands in it by name, size and time, so that none is read."""
     text = f"{FORMAT} {tokenizer.fingerprint} {shard_bytes} {source.fingerprint()}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -96,15 +93,10 @@ def _make_shards(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.prepare"])
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting, running = iter(jobs), {}
+        running = {pool.submit(_make_shard, job, tokenizer, folder, n, key, threads=1): n for n, job in jobs}
         try:
-            while True:
-                for number, job in islice(waiting, 2 * processes - len(running)):
-                    running[pool.submit(_make_shard, job, tokenizer, folder, number, key, threads=1)] = number
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+            for future in as_completed(running):
+                yield running[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 

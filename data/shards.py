@@ -107,9 +107,7 @@ def _checksums(stream: bytes | memoryview) -> bytes:
 
 
 def write_shard(path: Path, bytes_per_id: int, documents: Iterable[tuple[np.ndarray, int]]) -> TokenShard:
-    """Writes a shard and returns its entry in the index.
-
-    documents are pairs: a document's ids with bos and eos, and the bytes of its text."""
+    """Writes a shard, returns its entry in the index. documents: ids with bos and eos, and the bytes of the text."""
     shard, digest = TokenShard(0, 0, 0, ""), sha256()
     rest, checksums = b"", bytearray()  # the ids after the last full block; the CRCs of the full blocks
     with appear_whole(path) as temporary, open(temporary, "wb") as file:
@@ -133,9 +131,8 @@ def write_shard(path: Path, bytes_per_id: int, documents: Iterable[tuple[np.ndar
 
 
 class Corpus:
-    """The stream of token ids in a folder. fingerprint is a hash of the ids.
-
-    Raises ConfigError if there is no index, or if a shard's size contradicts it."""
+    """The stream of token ids in a folder; fingerprint is a hash of the ids. Raises ConfigError if there is no index,
+    or if a shard's size contradicts it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -167,8 +164,7 @@ class Corpus:
         return Corpus, (self.folder,)  # pickled by its folder: open files cannot go to another process
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """The ids start ... start + count - 1: [count] uint16 or uint32. Raises ConfigError if a block has changed
-        since it was written."""
+        """The ids start ... start + count - 1: [count] uint16 or uint32. ConfigError if a block of them has changed."""
         assert start >= 0 and start + count <= self.num_tokens
         parts = []
         while count > 0:

@@ -135,9 +135,8 @@ def _jsonl(piece: FileSlice, text_key: str) -> Iterator[str]:
             file.seek(piece.start - 1)
             file.readline()  # the end of a line that begins before the slice, or its newline alone
         while (start := file.tell()) < piece.stop and (line := file.readline()):
-            if start == 0:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.isspace() or not line:
+            line = line.removeprefix(codecs.BOM_UTF8) if start == 0 else line
+            if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode())
@@ -192,10 +191,9 @@ def _unreadable(file: Path | str, error: UnicodeDecodeError | OSError) -> Config
 def build_source(dataset: str, path: str, text_key: str = "text") -> FileSource:
     """The source of "python_stdlib", which has no path, or of "text", whose path is a file, a folder or a glob.
 
-    python_stdlib is the source text of the running Python's standard library, about 12 MB, without its tests.
-    text reads UTF-8 files. A .jsonl file holds a document in each line and a .parquet file in each row, under text_key;
-    any other file is a document. Files are read in the order of their paths. Files in a folder whose names begin with a
-    dot are left out."""
+    python_stdlib is the source text of the running Python's standard library, about 12 MB, without its tests. text
+    reads UTF-8 files in the order of their paths. A .jsonl file holds a document in each line and a .parquet file in
+    each row, under text_key; any other file is a document. A folder's files and folders named ".*" are left out."""
     if dataset == "python_stdlib":
         if path:
             raise ConfigError(f'data.path ({path}) is not read by dataset "python_stdlib"; set data.dataset = "text".')

@@ -78,8 +78,7 @@ class Tokenizer:
         return [i for piece in _pieces(text) for i in self._encode_piece(piece).tolist()]
 
     def encode_batch(self, texts: Sequence[str], threads: int | None = None) -> list[np.ndarray]:
-        """encode() of each text, as uint32 arrays, in parallel, since tiktoken releases the GIL. threads None: by the
-        number of cores."""
+        """encode() of each text, as uint32 arrays, in parallel: tiktoken releases the GIL. threads None: by cores."""
         pieces = [list(_pieces(text)) for text in texts]
         _ = self._encoding  # made here, before threads race for it
         with ThreadPoolExecutor(threads) as pool:
@@ -97,10 +96,9 @@ class Tokenizer:
 
 
 class HFTokenizer(Tokenizer):
-    """A Hugging Face folder's tokenizer.json, by their `tokenizers` library (optional).
-
-    The tokenizer_config.json beside it names bos and eos. Templates are not used. Raises ConfigError if a file or the
-    library is missing, or a file is incomplete."""
+    """A Hugging Face folder's tokenizer.json, by their `tokenizers` library (optional). The tokenizer_config.json
+    beside it names bos and eos. Templates are not used. Raises ConfigError if a file or the library is missing, or a
+    file is incomplete."""
 
     def __init__(self, name: str, file: Path) -> None:
         try:

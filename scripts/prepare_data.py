@@ -25,7 +25,7 @@ from hf_stream import HFStream
 
 from config import Data
 from data.prepare import SHARD_BYTES, prepare
-from data.shards import Corpus, TokenShard, shard_path
+from data.shards import Corpus, TokenShard
 from data.sources import build_source
 from data.tokenizer import build_tokenizer
 from errors import ConfigError
@@ -57,9 +57,10 @@ class Progress:
 def verify(folder: Path, report: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
     """Reads a whole corpus and returns a line for each shard whose SHA-256 is not the index's. Raises ConfigError as
     Corpus does."""
-    shards, wrong = Corpus(folder).index.shards, []
-    for number, shard in enumerate(shards):
-        path, digest = shard_path(folder, number), sha256()
+    corpus, wrong = Corpus(folder), []
+    shards = corpus.index.shards
+    for number, (path, shard) in enumerate(zip(corpus.paths, shards, strict=True)):
+        digest = sha256()
         with open(path, "rb") as file:
             while chunk := file.read(2**22):
                 digest.update(chunk)
