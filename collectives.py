@@ -21,13 +21,15 @@ def gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
 
 def on_rank0(do: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Calls `do` on rank 0 and returns its result on all ranks. For folders that change: ranks that each look for
-    themselves may see different files. An OSError on rank 0 becomes the same ConfigError on all ranks."""
+    themselves may see different files. An OSError or ConfigError on rank 0 becomes a ConfigError on all ranks."""
     answer: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             answer[0] = do()
         except OSError as error:
             answer[1] = f"{error.filename}: {error.strerror}."
+        except ConfigError as error:
+            answer[1] = str(error)
     dist.broadcast_object_list(answer, group=group)
     result, failure = answer
     if failure:

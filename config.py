@@ -1,7 +1,6 @@
-"""Every option with its type, default and help: `--section.key value` on the command line, over a TOML file, over these
-defaults.
+"""Every option with its type, default and help. The command line (`--section.key value`) wins over the TOML file.
 
-The values that an option may take are listed here and nowhere else. A section may be handed on whole, as the keywords
+The values that an option may take are listed here and nowhere else. A section may be passed on whole, as the keywords
 of the function that it configures: `build_optimizer(parameters, **vars(config.optimizer))`.
 """
 
@@ -36,9 +35,7 @@ class Training:
     steps: int = option(200, "optimizer steps in total; a resumed run counts on", 1)
     seq_len: int = option(2048, "tokens per sequence", 1)
     local_batch_size: int = option(1, "sequences per data-parallel rank in each forward and backward", 1)
-    global_batch_size: int = option(
-        -1, "sequences per optimizer step, by gradient accumulation; -1: local_batch_size x data-parallel ranks"
-    )
+    global_batch_size: int = option(-1, "sequences per step, accumulated; -1: local_batch_size x data-parallel ranks")
     max_norm: float = option(1.0, "largest global grad norm; larger gradients are scaled down to it; 0: no clipping", 0)
     seed: int = option(0, "seed of the initial weights and of the order of the data", 0)
     deterministic: bool = option(False, "use deterministic kernels only; an operation that has none is an error")
@@ -90,9 +87,7 @@ class Parallelism:
     enable_async_tensor_parallel: bool = option(False, "overlap its collectives with matmuls", needs=(TENSOR, COMPILE))
     context_parallel_degree: int = option(1, "ranks that split each sequence", 1)
     context_parallel_method: Literal["allgather", "alltoall", "latent"] = option(
-        "allgather",
-        "allgather: of keys and values; alltoall: of heads and tokens (Ulysses); latent: all-gather of MLA's latents",
-        needs=CONTEXT,
+        "allgather", "allgather: keys and values; alltoall: heads (Ulysses); latent: MLA's latents", needs=CONTEXT
     )
     expert_parallel_degree: int = option(1, "ranks that split the experts; divides shard x context x tensor degree", 1)
     pipeline_parallel_degree: int = option(1, "ranks that split the layers", 1)
@@ -106,15 +101,11 @@ class Parallelism:
 
     @property
     def degrees(self) -> dict[str, int]:
-        """The degrees under the names of the mesh's axes."""
-        return dict(
-            pp=self.pipeline_parallel_degree,
-            dp_replicate=self.data_parallel_replicate_degree,
-            dp_shard=self.data_parallel_shard_degree,
-            cp=self.context_parallel_degree,
-            tp=self.tensor_parallel_degree,
-            ep=self.expert_parallel_degree,
-        )
+        return dict(  # under the names of the mesh's axes
+            dp_replicate=self.data_parallel_replicate_degree, dp_shard=self.data_parallel_shard_degree,
+            pp=self.pipeline_parallel_degree, cp=self.context_parallel_degree,
+            tp=self.tensor_parallel_degree, ep=self.expert_parallel_degree,
+        )  # fmt: skip
 
 
 @dataclass
@@ -139,9 +130,7 @@ class Compile:
 class Float8:
     enable: bool = option(False, "compute the matmuls of the blocks' linear layers in float8")
     recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = option(
-        "tensorwise",
-        "tensorwise: one scale per tensor, the fastest; rowwise: one per row; rowwise_with_gw_hp: the most exact",
-        needs=FLOAT8,
+        "tensorwise", "one scale per tensor (the fastest) or per row; rowwise_with_gw_hp: the most exact", needs=FLOAT8
     )
     skip: list[str] = option([], 'linear layers left in high precision, as in ["layers.0.*", "*.wk"]', needs=FLOAT8)
     enable_fsdp_float8_all_gather: bool = option(
@@ -162,9 +151,7 @@ class Optimizer:
 @dataclass
 class LRScheduler:
     warmup_steps: int = option(0, "steps in which the learning rate rises linearly to optimizer.lr", 0)
-    decay_ratio: float = option(
-        1.0, "share of the steps, at the end, in which the learning rate decays; 0: none; 1: all after warmup", 0, 1
-    )
+    decay_ratio: float = option(1.0, "final share of steps in which lr decays; 0: none; 1: all after warmup", 0, 1)
     decay_type: Literal["linear", "cosine", "sqrt"] = option("cosine", "shape of the decay; sqrt is steepest at first")
     min_lr_factor: float = option(0.1, "final learning rate as a fraction of optimizer.lr", 0, 1)
 
@@ -194,13 +181,10 @@ class Validation:
     enable: bool = option(False, "measure the loss of sequences that are not trained on")
     interval: int = option(500, "steps between validations; the last step always has one", 1, needs=VALIDATION)
     num_sequences: int = option(512, "sequences per validation, each time the same", 1, needs=VALIDATION)
-    path: str = option(
-        "", "shards, or text as in data.path; empty: sequences held out of the training data", needs=VALIDATION
-    )
+    path: str = option("", "shards, or text as in data.path; empty: held out of the training data", needs=VALIDATION)
 
     @property
     def num_held_out(self) -> int:
-        """The number of sequences that are held out of the training data."""
         return self.num_sequences if self.enable and not self.path else 0
 
 
@@ -214,20 +198,14 @@ class Metrics:
 class Comm:
     timeout_seconds: int = option(600, "seconds after which a collective that does not finish ends the run", 1)
     direct_messages: bool = option(
-        True,
-        "CPU: FSDP exchanges messages between ranks, 2 to 3 times as fast as gloo's collectives",
-        needs="job.device cpu",
+        True, "CPU: FSDP sends messages, 2 to 3 times as fast as gloo's collectives", needs="job.device cpu"
     )
 
 
 Model = make_dataclass(
     "Model",
     [("flavor", str, option("llama3_debug", "a size of model/flavors.py, or hf:FOLDER for the folder's config.json"))]
-    + [
-        (f.name, f.type | None, option(None, f.metadata["help"]))
-        for f in fields(ModelArgs)
-        if f.metadata.get("is_option", True)
-    ],
+    + [(f.name, f.type | None, option(None, f.metadata["help"])) for f in fields(ModelArgs) if f.metadata["is_option"]],
 )
 
 
@@ -255,12 +233,7 @@ def load_config(argv: list[str]) -> Config:
     """The configuration that a command line asks for. ConfigError, in one line, for whatever is wrong with it."""
     config = Config()
     read_options(config, argv)
-    _check(config)
-    return config
-
-
-def _check(config: Config) -> None:
-    """Refuses values that a type and two bounds cannot describe."""
+    # What a type and two bounds cannot describe:
     batch, betas, checkpoint = config.training.global_batch_size, config.optimizer.betas, config.checkpoint
     if batch < 1 and batch != -1:
         raise ConfigError(f"training.global_batch_size: expected -1 or more than 0, given {batch}.")
@@ -271,3 +244,4 @@ def _check(config: Config) -> None:
             f"checkpoint.keep_every ({checkpoint.keep_every}) must be a multiple of checkpoint.interval "
             f"({checkpoint.interval}): other steps are not saved."
         )
+    return config

@@ -1,31 +1,30 @@
-"""The combinations that do not work, on one page: each with its reason, and with the torch version where it depends on
-one.
+"""The combinations of options that do not work, on one page: each with its reason, and the torch version if it matters.
 
 train.py calls `check_layout` once, before it reads data. Each function below yields a message for each rule of its
-group that the configuration breaks. A message names the option, its value and the cure. What one option alone can tell
-is checked by config.py; whether the degrees multiply to the number of ranks, by parallelize/mesh.py.
+group that the configuration breaks. A message names the option, its value and the cure. config.py checks what one
+option alone can tell, parallelize/mesh.py whether the degrees multiply to the number of ranks.
 
 Proof: tests/test_bad_layouts.py::test_layout_is_refused_in_one_line.
 """
 
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
+from re import sub
 
 import torch
 
 from config import Config
 from data import Tokenizer
 from errors import ConfigError
-from model import ModelArgs
+from model import ModelArgs, Transformer
 from parallelize import ParallelMesh
-from parallelize.float8 import ALIGNMENT
+from parallelize.float8 import choose_layers, linear_layers
 from parallelize.pipeline import SPLIT_BACKWARD_SCHEDULES, V_SCHEDULES, interleaves, num_stages_per_rank
 from torch_private import torch_at_least
 
 
 def check_layout(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> None:
     """ConfigError, in one line, for the first rule that the configuration breaks."""
-    for group in (device, data, tensor, context, experts, pipeline, activation_checkpointing, float8):
+    for group in (device, data, tensor, context, experts, pipeline, recomputation, float8):
         for message in group(config, args, mesh, tokenizer):
             raise ConfigError(message)
 
@@ -55,10 +54,8 @@ def data(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokeniz
 
 
 def tensor(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
-    """Ranks share heads, hidden channels, vocabulary and sequence evenly: a matrix is cut into equal parts."""
+    """A matrix, and the sequence, is cut into equal parts."""
     tp, seq_len = mesh.degrees.tp, config.training.seq_len // mesh.degrees.cp
-    if tp == 1:
-        return
     sizes = {
         "model.n_heads": args.n_heads,
         "model.n_kv_heads": args.n_kv_heads,
@@ -98,17 +95,11 @@ def context(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Toke
 
 
 def experts(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
-    ep = mesh.degrees.ep
-    if ep > 1 and args.n_experts == 0:
-        yield (
-            f"parallelism.expert_parallel_degree ({ep}) needs a mixture of experts, model.n_experts is 0; leave it out."
-        )
-    elif args.n_experts % ep != 0:
-        fitting = [n for n in range(1, args.n_experts + 1) if args.n_experts % n == 0]
-        yield (
-            f"parallelism.expert_parallel_degree ({ep}) must divide model.n_experts ({args.n_experts}); use one of "
-            f"{fitting}."
-        )
+    option = f"parallelism.expert_parallel_degree ({mesh.degrees.ep})"
+    if mesh.degrees.ep > 1 and args.n_experts == 0:
+        yield f"{option} needs a mixture of experts, model.n_experts is 0; leave it out."
+    if args.n_experts % mesh.degrees.ep != 0:
+        yield f"{option} must divide model.n_experts ({args.n_experts}); use one of {divisors(args.n_experts)}."
 
 
 def pipeline(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
@@ -116,24 +107,23 @@ def pipeline(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tok
     if pp == 1:
         return
     asked, per_rank = p.pipeline_parallel_stages_per_rank, num_stages_per_rank(schedule, 0)
+    splits_backward = schedule in SPLIT_BACKWARD_SCHEDULES
     if asked and asked != per_rank and (schedule in V_SCHEDULES or not interleaves(schedule)):
         yield f"parallelism.pipeline_parallel_stages_per_rank ({asked}) must be {per_rank} for {schedule}."
-    if schedule in SPLIT_BACKWARD_SCHEDULES and (args.n_mtp_layers > 1 or (args.tie_embeddings and args.n_mtp_layers)):
+    if splits_backward and args.n_mtp_layers > (0 if args.tie_embeddings else 1):
         # torch would begin the weight's backward at each of its uses, and run into the later uses a second time.
         yield (
             f"{schedule} cuts each backward in two, which cannot be where the last stage uses the embedding at several "
             f"depths: model.n_mtp_layers is {args.n_mtp_layers}, model.tie_embeddings "
             f"{str(args.tie_embeddings).lower()}; use Interleaved1F1B."
         )
-    if schedule in SPLIT_BACKWARD_SCHEDULES and args.n_mtp_layers and not torch_at_least(2, 12):
+    if splits_backward and args.n_mtp_layers and not torch_at_least(2, 12):
         # Sharded by FSDP, the last stage's copy of the embedding would lose its gradient (seen in 2.11, not in 2.13).
         yield (
             f"{schedule} with multi-token prediction (model.n_mtp_layers {args.n_mtp_layers}) needs torch 2.12: in "
             f"{torch.__version__} a gradient of the embedding is lost; use Interleaved1F1B."
         )
-    if schedule in V_SCHEDULES and mesh.world.device_type == "cpu" and not torch_at_least(2, 12):
-        yield f"{schedule} on CPUs needs torch 2.12: in {torch.__version__} gloo cannot send to its own rank."
-    per_rank = num_stages_per_rank(schedule, asked)
+    per_rank = asked or per_rank
     num_stages = per_rank * pp
     if num_stages > args.n_layers:
         yield (
@@ -141,43 +131,39 @@ def pipeline(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tok
             f"layers, model.n_layers is {args.n_layers}; use a degree of at most {args.n_layers // per_rank}."
         )
     yield from microbatches(config, schedule, pp, num_stages)
-    if schedule in SPLIT_BACKWARD_SCHEDULES:
-        # Such a schedule runs a block's backward twice, once for its input and once for its weights: a checkpointed
-        # block would be recomputed for each ("full": ten times) or has lost its saved values ("op"); a compiled block
-        # has one backward for both, which torch 2.11 fails to run for the weights alone, and 2.13 runs as a whole
-        # twice.
-        for name, is_on in (
-            ("activation_checkpoint.mode", config.activation_checkpoint.mode != "none"),
-            ("compile.enable", config.compile.enable),
-        ):
-            if is_on:
-                yield (
-                    f"{name} does not fit {schedule}, which splits each block's backward in two: "
-                    "each part would recompute it; use Interleaved1F1B, or leave it out."
-                )
+    if schedule in V_SCHEDULES and mesh.world.device_type == "cpu" and not torch_at_least(2, 12):
+        yield f"{schedule} on CPUs needs torch 2.12: in {torch.__version__} gloo cannot send to its own rank."
+    # A schedule that splits backward runs a block's backward twice, for its input and for its weights. A checkpointed
+    # block would be recomputed for each ("full": ten times) or has lost its saved values ("op"). A compiled block has
+    # one backward for both: torch 2.11 fails to run it for the weights alone, and 2.13 runs all of it twice.
+    has_checkpoints, compiles = config.activation_checkpoint.mode != "none", config.compile.enable
+    for name, is_on in (("activation_checkpoint.mode", has_checkpoints), ("compile.enable", compiles)):
+        if is_on and splits_backward:
+            yield (
+                f"{name} does not fit {schedule}, which splits each block's backward in two: "
+                "each part would recompute it; use Interleaved1F1B, or leave it out."
+            )
 
 
 def microbatches(config: Config, schedule: str, pp: int, num_stages: int) -> Iterator[str]:
     """torch's schedules ask for enough microbatches to fill the pipeline, or for rounds of equal length."""
-    option = "parallelism.pipeline_parallel_microbatch_size"
     batch_size, size = config.training.local_batch_size, config.parallelism.pipeline_parallel_microbatch_size
+    option = f"parallelism.pipeline_parallel_microbatch_size ({size})"
+    batch = f"training.local_batch_size ({batch_size})"
     if batch_size % size != 0:
-        fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-        yield f"{option} ({size}) must divide training.local_batch_size ({batch_size}); use one of {fitting}."
+        yield f"{option} must divide {batch}; use one of {divisors(batch_size)}."
     given = batch_size // size
     least = {"1F1B": pp, "DualPipeV": num_stages}.get(schedule, 1)
     rounds = max(1, given // pp) if schedule in ("Interleaved1F1B", "InterleavedZeroBubble") else 1
     if given < least or given % rounds != 0:
         need = f"at least {least} microbatches" if given < least else f"microbatches in rounds: a multiple of {pp}"
         yield (
-            f"{schedule} with {num_stages} stages needs {need}, but training.local_batch_size ({batch_size}) / "
-            f"{option} ({size}) gives {given}; change one of them."
+            f"{schedule} with {num_stages} stages needs {need}, but {batch} / {option} gives {given}; "
+            "change one of them."
         )
 
 
-def activation_checkpointing(
-    config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer
-) -> Iterator[str]:
+def recomputation(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
     mode, option = config.activation_checkpoint.mode, config.activation_checkpoint.selective_option
     name = f'activation_checkpoint.selective_option ("{option}")'
     if mode == "selective" and option != "op" and not (option.isdecimal() and 1 <= int(option) <= args.n_layers):
@@ -191,8 +177,7 @@ def activation_checkpointing(
         yield 'activation_checkpoint.mode "memory_budget" is the compiler\'s; add --compile.enable true.'
     recomputes_collectives = mode in ("full", "memory_budget") or (mode == "selective" and option != "op")
     if config.compile.enable and mesh.degrees.tp > 1 and recomputes_collectives and torch_at_least(2, 12):
-        # The compiler's partitioner takes the DeviceMesh of a recomputed collective for a tensor (seen in 2.13, not in
-        # 2.11).
+        # The compiler takes the DeviceMesh of a recomputed collective for a tensor (seen in 2.13, not in 2.11).
         yield (
             f"torch {torch.__version__} cannot compile blocks that recompute the collectives of tensor parallelism; "
             'set activation_checkpoint.mode to "selective" with selective_option "op", which keeps them, or to "none".'
@@ -200,25 +185,23 @@ def activation_checkpointing(
 
 
 def float8(config: Config, args: ModelArgs, mesh: ParallelMesh, tokenizer: Tokenizer) -> Iterator[str]:
-    """The latents of multi-head latent attention are computed by local weights under tensor parallelism, whose scales
-    would be of a rank's part of the weight."""
-    if not config.float8.enable or mesh.degrees.tp == 1 or args.attention != "mla":
+    """Layers that compute with a rank's part of a weight, as a local tensor, would scale it by this part's values."""
+    if not config.float8.enable or mesh.degrees.tp == 1:
         return
-    q, kv = args.n_heads * args.head_dim, args.n_heads * (args.qk_nope_head_dim + args.v_head_dim)
-    shapes = {"wkv_a": (args.kv_lora_rank + args.qk_rope_head_dim, args.dim), "wkv_b": (kv, args.kv_lora_rank)}
-    shapes |= (
-        {"wq_a": (args.q_lora_rank, args.dim), "wq_b": (q, args.q_lora_rank)}
-        if args.q_lora_rank
-        else {"wq": (q, args.dim)}
-    )
-    prefixes = [f"layers.{i}" for i in range(args.n_layers)] + [f"mtp.{k}.block" for k in range(args.n_mtp_layers)]
-    for name, shape in ((f"{prefix}.attention.{w}", shape) for prefix in prefixes for w, shape in shapes.items()):
-        is_skipped = any(fnmatchcase(name, pattern) for pattern in config.float8.skip)
-        if not is_skipped and all(size % ALIGNMENT == 0 for size in shape):
-            yield (
-                'float8 does not fit the latents of model.attention "mla" under tensor parallelism; add '
-                '"layers.*.attention.w*" and "mtp.*.w*" to float8.skip, or set parallelism.tensor_parallel_degree to 1.'
-            )
+    with torch.device("meta"):
+        converted, _ = choose_layers(linear_layers(Transformer(args)), config.float8.skip)
+    of_latents = ("wq", "wq_a", "wq_b", "wkv_a", "wkv_b") if args.attention == "mla" else ()
+    local = sorted(name for name in converted if name.split(".")[-1] in (*of_latents, "eh_proj"))
+    if local:
+        patterns = ", ".join(dict.fromkeys(f'"{sub("[0-9]+", "*", name)}"' for name in local))
+        yield (
+            "float8 does not fit latent attention or multi-token prediction under tensor parallelism; add "
+            f"{patterns} to float8.skip, or set parallelism.tensor_parallel_degree to 1."
+        )
+
+
+def divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def is_fraction(text: str) -> bool:

@@ -2,19 +2,19 @@
 `--section.key value` on the command line.
 
 Nothing is guessed and nothing is ignored. An unknown section or key, a value of the wrong type or out of range, and an
-option without effect are a ConfigError of one line, which says where it stands, what was expected and what was given.
+option without effect are a ConfigError of one line: where it stands, what was expected and what was given.
 
 Proof: tests/test_config.py::test_mistake_in_a_file_is_one_line,
 tests/test_config.py::test_option_without_what_it_needs_is_refused.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from errors import ConfigError, did_you_mean
 
@@ -24,21 +24,14 @@ else:
     import tomli as tomllib
 
 
-def option(
-    default: Any,
-    help: str,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    needs: str | tuple[str, ...] = (),
-) -> Any:
+def option(default: Any, help: str, at_least=None, at_most=None, needs: str | tuple[str, ...] = ()) -> Any:
     """A field of a section. `needs` is what must be set for the option to have an effect, as it is written on the
     command line: "compile.enable true", "activation_checkpoint.mode selective or memory_budget", or, where anything but
     the default will do, an example: "parallelism.pipeline_parallel_degree 2". A tuple means all of them."""
     needs = (needs,) if isinstance(needs, str) else needs
-    metadata = {"help": help, "at_least": at_least, "at_most": at_most, "needs": needs}
-    if isinstance(default, list):  # each configuration gets a list of its own
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    # Each configuration gets a copy of a list.
+    given = dict(default_factory=default.copy) if isinstance(default, list) else dict(default=default)
+    return field(**given, metadata=dict(help=help, at_least=at_least, at_most=at_most, needs=needs))
 
 
 def section(kind: type, help: str) -> Any:
@@ -47,11 +40,9 @@ def section(kind: type, help: str) -> Any:
 
 
 class Option(NamedTuple):
-    """An option as `list_options` finds it."""
-
     section: str
     key: str
-    kind: Any  # its type
+    kind: Any  # its type; of `int | None`, int
     default: Any
     help: str
     at_least: float | None
@@ -62,40 +53,31 @@ class Option(NamedTuple):
     def name(self) -> str:
         return f"{self.section}.{self.key}"
 
+    def value(self, config: Any) -> Any:
+        return getattr(getattr(config, self.section), self.key)
+
 
 def list_options(config: Any) -> Iterator[Option]:
     """All options in the order of their declaration; config is the dataclass of sections, or an instance of it."""
     for section in fields(config):
         table = section.default_factory()
-        kinds = get_type_hints(type(table))
         for f in fields(table):
-            yield Option(section.name, f.name, kinds[f.name], getattr(table, f.name), **f.metadata)
-
-
-# ------------------------------------------------------------------------------------------------- reading
+            kind = get_args(f.type)[0] if isinstance(f.type, UnionType) else f.type
+            yield Option(section.name, f.name, kind, getattr(table, f.name), **f.metadata)
 
 
 def read_options(config: Any, argv: list[str]) -> None:
-    """Sets config's options from a command line, over those of the TOML file that it names. ConfigError, in one line,
-    for whatever is wrong with them."""
+    """Sets config's options from a command line, over those of the TOML file that it names."""
     options = {option.name: option for option in list_options(config)}
     given = _parse_command_line(config, argv)
-    config_file = given.get("job.config_file")
-    if config_file is not None:
-        for section, table in _read_toml(config_file).items():
-            if not is_dataclass(getattr(config, section, None)):
-                raise ConfigError(f"{config_file}: [{section}] is not a section;{_section_hint(config, section)}")
-            if not isinstance(table, dict):
-                raise ConfigError(f"{config_file}: {section} is a section, so write [{section}] and its keys below.")
-            for key, value in table.items():
-                if (section, key) == ("job", "config_file"):
-                    raise ConfigError(f"{config_file}: job.config_file belongs on the command line.")
-                _set(config, options, f"{section}.{key}", value, where=f"{config_file}: ")
+    if (file := given.get("job.config_file")) is not None:
+        for name, value in _read_toml(config, file):
+            _set(config, options, name, value, where=f"{file}: ")
     for name, text in given.items():
         _set(config, options, name, text, where="--", is_text=True)
     for option in options.values():
         for needed in option.needs:
-            if _value(config, option) != option.default and not _is_met(config, options, needed):
+            if option.value(config) != option.default and not _is_met(config, options, needed):
                 raise ConfigError(f"{option.name} has no effect without {needed}; add --{needed}.")
 
 
@@ -119,14 +101,24 @@ def _parse_command_line(config: Any, argv: list[str]) -> dict[str, str]:
     return given
 
 
-def _read_toml(path: str) -> dict[str, Any]:
+def _read_toml(config: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """The name and the value of each option in a TOML file."""
     try:
         with open(path, "rb") as file:
-            return tomllib.load(file)
+            tables = tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"job.config_file: cannot read {path}: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}.") from None
+    for section, table in tables.items():
+        if not is_dataclass(getattr(config, section, None)):
+            raise ConfigError(f"{path}: [{section}] is not a section;{_section_hint(config, section)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {section} is a section, so write [{section}] and its keys below.")
+        for key, value in table.items():
+            if (section, key) == ("job", "config_file"):
+                raise ConfigError(f"{path}: job.config_file belongs on the command line.")
+            yield f"{section}.{key}", value
 
 
 def _section_hint(config: Any, name: str) -> str:
@@ -138,11 +130,10 @@ def _option_hint(options: dict[str, Option], name: str) -> str:
     """The options that a wrong name may mean: the same key in another section, else the nearest key in its section."""
     section, _, key = name.rpartition(".")
     siblings = [option for option in options.values() if option.section == section]
+    candidates = siblings or list(options.values())
+    keys = get_close_matches(key, [option.key for option in candidates], n=1)
     near = [option.name for option in options.values() if option.key == key]
-    if not near:
-        candidates = siblings or list(options.values())
-        keys = get_close_matches(key, [option.key for option in candidates], n=1)
-        near = [option.name for option in candidates if option.key in keys]
+    near = near or [option.name for option in candidates if option.key in keys]
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"--help {section} lists the section's options." if siblings else "--help lists all options."
@@ -152,9 +143,7 @@ def _set(config: Any, options: dict[str, Option], name: str, value: Any, where: 
     if name not in options:
         raise ConfigError(f"{where}{name} is not an option; {_option_hint(options, name)}")
     option = options[name]
-    if is_text:
-        value = _from_text(value, option.kind)
-    value = _checked(value, option.kind, f"{where}{name}")
+    value = _checked(_from_text(value, option.kind) if is_text else value, option.kind, f"{where}{name}")
     if option.at_least is not None and not value >= option.at_least:
         raise ConfigError(f"{where}{name}: expected at least {option.at_least}, given {value}.")
     if option.at_most is not None and not value <= option.at_most:
@@ -170,66 +159,46 @@ def _from_text(text: str, kind: Any) -> Any:
     except tomllib.TOMLDecodeError:
         value = text
     if get_origin(kind) is list:
-        if isinstance(value, list) or text.startswith("[") or "," in text:  # a list, or a list without its quotes
-            return value
-        return [value if isinstance(value, str) else text]
-    return value if isinstance(value, str) or not _accepts_text(kind) else text
-
-
-def _accepts_text(kind: Any) -> bool:
-    return kind is str or get_origin(kind) is Literal or any(_accepts_text(k) for k in get_args(kind) if k is not kind)
+        is_list = isinstance(value, list) or text.startswith("[") or "," in text  # perhaps without its quotes
+        return value if is_list else [value if isinstance(value, str) else text]
+    return text if (kind is str or get_origin(kind) is Literal) and not isinstance(value, str) else value
 
 
 def _checked(value: Any, kind: Any, where: str) -> Any:
     """value as `kind`, or ConfigError. TOML's integers pass for floats; nothing else is converted."""
-    if get_origin(kind) is UnionType:
-        (kind,) = (k for k in get_args(kind) if k is not NoneType)
-        return _checked(value, kind, where)
-    if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-    elif get_origin(kind) is tuple:
-        if isinstance(value, list) and len(value) == len(get_args(kind)):
-            return tuple(_checked(v, k, where) for v, k in zip(value, get_args(kind), strict=True))
-    elif get_origin(kind) is list:
-        if isinstance(value, list) and all(type(v) is get_args(kind)[0] for v in value):
-            return value
-    elif kind is float and type(value) in (int, float):
-        return float(value)
-    elif type(value) is kind:
-        return value
-    given = (
-        to_toml(value) if isinstance(value, str | bool | int | float | list) else f"{value} ({type(value).__name__})"
-    )
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is tuple and isinstance(value, list) and len(value) == len(parts):
+        return tuple(_checked(v, k, where) for v, k in zip(value, parts, strict=True))
+    if origin is Literal:
+        fits = value in parts
+    elif origin is list:
+        fits = isinstance(value, list) and all(type(v) is parts[0] for v in value)
+    else:
+        fits = type(value) is kind or (kind is float and type(value) is int)
+    if fits:
+        return float(value) if kind is float else value
+    is_plain = isinstance(value, str | bool | int | float | list)
+    given = to_toml(value) if is_plain else f"{value} ({type(value).__name__})"
     raise ConfigError(f"{where}: expected {type_name(kind)}, given {given}.")
-
-
-def _value(config: Any, option: Option) -> Any:
-    return getattr(getattr(config, option.section), option.key)
 
 
 def _is_met(config: Any, options: dict[str, Option], needed: str) -> bool:
     """Whether an option has a value that `needed` names; a number, a path or a name: any but its default."""
     name, _, values = needed.partition(" ")
-    option = options[name]
-    value = _value(config, option)
+    option, value = options[name], options[name].value(config)
     if option.kind is bool or get_origin(option.kind) is Literal:
         return to_toml(value).strip('"') in values.split(" or ")
     return value != option.default
 
 
-# ------------------------------------------------------------------------------------------------- writing
-
-
 def type_name(kind: Any) -> str:
-    if get_origin(kind) is UnionType:
-        return " | ".join(type_name(k) for k in get_args(kind) if k is not NoneType)
+    parts = get_args(kind)
     if get_origin(kind) is Literal:
-        return " | ".join(f'"{choice}"' for choice in get_args(kind))
+        return " | ".join(f'"{choice}"' for choice in parts)
     if get_origin(kind) is tuple:
-        return f"[{', '.join(type_name(k) for k in get_args(kind))}]"
+        return f"[{', '.join(map(type_name, parts))}]"
     if get_origin(kind) is list:
-        return f'["{type_name(get_args(kind)[0])}", ...]'
+        return f'["{type_name(parts[0])}", ...]'
     return {str: "string", int: "integer", float: "number", bool: "true | false"}[kind]
 
 
@@ -240,15 +209,12 @@ def help_text(config: Any, section: str | None = None) -> str:
         raise ConfigError(f'--help {section}: "{section}" is not a section;{_section_hint(config, section)}')
     lines = ["torchrun --nproc_per_node=N train.py --job.config_file FILE.toml [--section.key value ...]"]
     lines += ["The command line wins over the file; values are written as in TOML. --help SECTION shows one section."]
-    for option in list_options(config):
-        if section not in (None, option.section):
-            continue
+    for option in (option for option in list_options(config) if section in (None, option.section)):
         if option.section in headings:
             lines += ["", f"[{option.section}]: {headings.pop(option.section)}"]
         shown = "not set" if option.default is None else f"default {to_toml(option.default)}"
         lines += [f"  --{option.name}  {type_name(option.kind)}  ({shown})", f"      {option.help}"]
-        if option.needs:
-            lines += [f"      needs {' and '.join(option.needs)}"]
+        lines += [f"      needs {' and '.join(option.needs)}"] if option.needs else []
     return "\n".join(lines)
 
 
@@ -266,12 +232,7 @@ def to_toml(value: Any) -> str:
 def save_config(config: Any, path: str) -> None:
     """Writes every option, so that running from that file repeats the run even if a default changes."""
     lines = []
-    for section in fields(config):
-        lines.append(f"[{section.name}]")
-        for key, value in vars(getattr(config, section.name)).items():
-            if value is not None and (section.name, key) != ("job", "config_file"):
-                lines.append(f"{key} = {to_toml(value)}")
-        lines.append("")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join(lines))
+    for section, table in vars(config).items():
+        values = {key: value for key, value in vars(table).items() if value is not None and key != "config_file"}
+        lines += [f"[{section}]", *(f"{key} = {to_toml(value)}" for key, value in values.items()), ""]
+    Path(path).write_text("\n".join(lines), encoding="utf-8")

@@ -1,5 +1,9 @@
-"""Every private name of torch that this project uses, each with its reason and the torch versions that it was tried on
-(2.11 and 2.13). No other file may import or call a private name."""
+"""Every private name of torch that this project uses, each with its reason; tried on torch 2.11 and 2.13. No other file
+may import or call a private name.
+
+Two private methods are overridden elsewhere, because torch names the hooks so: ParallelStyle._apply, which torch
+documents as the method that a style overrides, and nn.Module._apply, the hook behind .to(), in model/moe.py.
+"""
 
 import logging
 from collections.abc import Iterator
@@ -9,47 +13,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Norms of many tensors in one pass, and their scaling: torch.nn.utils.get_total_norm is public, but it computes the
-# norm of bfloat16 gradients in bfloat16.
+# The norms of many tensors in one pass, and their scaling. The public torch.nn.utils.get_total_norm computes the norm
+# of bfloat16 gradients in bfloat16.
 from torch import _foreach_mul_ as foreach_mul_
 from torch import _foreach_norm as foreach_norm
 
-# The only all-to-all that autograd and the compiler understand: the public one in torch.distributed is neither.
+# The only all-to-all that autograd and the compiler understand. The public one suits neither.
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 from torch.distributed.tensor import DTensor
 
-# FSDP on top of another sharding of the same dimension gives its axis this placement, and the public Shard does not
-# cover it. It is needed to know which elements a rank holds.
+# The placement of a dimension that another axis has cut before FSDP cuts it. It says which elements a rank holds.
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 
-__all__ = [
-    "COLLECTIVE_OPS",
-    "MATMUL_OPS",
-    "PYTREE_LOGGER",
-    "REDISTRIBUTE_LOGGER",
-    "StridedShard",
-    "all_to_all_single_autograd",
-    "default_store",
-    "dtensor_with",
-    "enable_micro_pipelining",
-    "foreach_mul_",
-    "foreach_norm",
-    "set_activation_memory_budget",
-    "silenced",
-    "torch_at_least",
-]
-
-# A class of parallelize/ overrides two methods whose names begin with an underscore, because torch names them so:
-# ParallelStyle._apply, which torch documents as the method that a style overrides, and nn.Module._apply in
-# model/moe.py, the hook behind .to() that keeps a buffer in float32.
-
-# The operators behind functional collectives, as activation checkpointing meets them. They have no public names.
+# The operators behind functional collectives, which activation checkpointing sees. They have no public names.
 COLLECTIVE_OPS = {
     torch.ops._c10d_functional.all_gather_into_tensor.default,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
     torch.ops._c10d_functional.all_to_all_single.default,
     torch.ops._c10d_functional.wait_tensor.default,
+}
+# The kernels behind F.scaled_dot_product_attention, of which torch picks one, and FlexAttention.
+ATTENTION_OPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
 }
 # Matrix products. The scaled and the grouped ones have public functions, but their operators are private.
 MATMUL_OPS = {
@@ -60,32 +50,29 @@ MATMUL_OPS = {
     torch.ops.aten._scaled_grouped_mm.default,
 }
 
-
-REDISTRIBUTE_LOGGER = (
-    "torch.distributed.tensor._redistribute"  # says that DTensor reduces over one axis after the other
-)
-PYTREE_LOGGER = "torch.utils._pytree"  # warns when torchao is imported
+# Names of loggers. DTensor's warns when it reduces over one axis after the other; pytree's when torchao is imported.
+REDISTRIBUTE_LOGGER, PYTREE_LOGGER = "torch.distributed.tensor._redistribute", "torch.utils._pytree"
 
 
 def torch_at_least(major: int, minor: int) -> bool:
-    """Whether this torch is of that release or a later one."""
-    return torch.__version__ >= (major, minor)  # a TorchVersion compares with tuples, number by number
+    """Whether this torch is that release or a later one."""
+    return torch.__version__ >= (major, minor)  # TorchVersion compares with tuples, number by number
 
 
 def default_store() -> dist.Store:
-    """The store that the process group began with. A failing rank reaches the others through it. torch keeps it and has
-    no public getter."""
+    """The store that the process group began with, through which a failing rank reaches the others. It has no public
+    getter."""
     return dist.distributed_c10d._get_default_store()
 
 
 def dtensor_with(local: Tensor, like: DTensor) -> DTensor:
-    """A DTensor laid out as `like`, whose local part is `local` and may be on another device. DTensor.from_local would
-    move it to the mesh's device, and torch's DefaultStager can stage only once in torch 2.11."""
+    """A DTensor laid out like `like`, whose local part is `local` and may be on another device. DTensor.from_local
+    would move it to the mesh's device, and DefaultStager can stage only once in torch 2.11."""
     return DTensor(local, like._spec, requires_grad=False)
 
 
 def enable_micro_pipelining(group: dist.ProcessGroup) -> None:
-    """Turns asynchronous tensor parallelism on, an option of the compiler without a public switch."""
+    """Turns on asynchronous tensor parallelism, an option of the compiler without a public switch."""
     import torch._inductor.config
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
@@ -94,8 +81,8 @@ def enable_micro_pipelining(group: dist.ProcessGroup) -> None:
 
 
 def set_activation_memory_budget(budget: float) -> None:
-    """Sets which part of the activations the compiler's partitioner may keep, from 0 to 1, where 1 is its default. It
-    is an option of the whole process, without a public setter."""
+    """Sets which part of the activations the compiler may keep, from 0 to 1, its default. It is an option of the whole
+    process, without a public setter."""
     import torch._functorch.config
 
     torch._functorch.config.activation_memory_budget = budget
@@ -103,7 +90,7 @@ def set_activation_memory_budget(budget: float) -> None:
 
 @contextmanager
 def silenced(*loggers: str) -> Iterator[None]:
-    """Silences what torch and torchao log below an error, by the names of their loggers."""
+    """Silences what the named loggers say below an error."""
     levels = {logger: logger.level for logger in map(logging.getLogger, loggers)}
     for logger in levels:
         logger.setLevel(logging.ERROR)

@@ -53,11 +53,10 @@ from training.validation import Validation
 
 def main(config: Config) -> int:
     """Trains, and returns the exit status of the process: 0 after the last step, EXIT_PREEMPTED after a signal."""
-    training, p, data = config.training, config.parallelism, config.data
+    job, training, p, data, comm = config.job, config.training, config.parallelism, config.data, config.comm
 
     # The process group and this rank's device. Also the lock of the dump folder, the signals that ask the run to stop,
     # and the watchdog that ends it when a rank fails: resilience/run.py.
-    job, comm = config.job, config.comm
     run = Run(job.dump_folder, job.device, comm.timeout_seconds, training.seed, training.deterministic)
     device, log = run.device, run.log
 
@@ -95,6 +94,7 @@ def main(config: Config) -> int:
     balancer = ExpertLoadBalancer(stages, mesh.tokens, mesh.pp)
     forward_backward, forward = build_forward_backward(config, stages, mesh, device)
 
+    # The optimizer, over the parameters of all stages of this rank. Its state has the dtype of the weights.
     optimizer = build_optimizer(parameters, **vars(config.optimizer))
 
     # Resume from a checkpoint, in whatever layout it was saved, or start at step 0.
@@ -115,12 +115,9 @@ def main(config: Config) -> int:
 
     # What observes the run: held-out loss, logs, and the guard against gradients that are not finite.
     when = dict(interval=config.validation.interval, last_step=training.steps, batch_size=training.local_batch_size)
-    parts = dict(mesh=mesh, forward=forward, to_this_rank=to_this_rank, stages=stages)
-    validation = Validation(validation_samples, **when, **parts)
-    flops = flops_per_token(model_args, training.seq_len)
-    metrics = Metrics(
-        job.dump_folder, device, total_steps=training.steps, flops_per_token=flops, **vars(config.metrics)
-    )
+    validation = Validation(validation_samples, stages, mesh, forward, to_this_rank, **when)
+    work = dict(total_steps=training.steps, flops_per_token=flops_per_token(model_args, training.seq_len))
+    metrics = Metrics(job.dump_folder, device, **work, **vars(config.metrics))
     guard = NonFiniteGuard(parameters, training.max_skipped_steps)
     run.save_config(config)
     log(
@@ -129,6 +126,7 @@ def main(config: Config) -> int:
         f"set up in {time.perf_counter() - STARTED:.1f} s"
     )
 
+    # The loop. The step changes the weights; everything else only validates, reports and saves.
     metrics.start(state)
     while state.step < training.steps and not run.should_stop():
         # ---------------------------------------------------------------------------------------- the step
@@ -168,7 +166,8 @@ def main(config: Config) -> int:
             )
         checkpoint.maybe_save(state, is_last=state.step == training.steps)
 
-    is_saved = checkpoint.finish(state)  # a run that was asked to stop is saved here
+    # The end: a run that was asked to stop is saved here, and all ranks leave together.
+    is_saved = checkpoint.finish(state)
     metrics.close()
     return run.close(step=state.step, is_saved=is_saved)
 

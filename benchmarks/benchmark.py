@@ -1,16 +1,18 @@
-"""Is the trainer as fast as a plain PyTorch loop over the same model? Runs both in turn, and prints a table.
+"""Compares the trainer's speed on CPUs with a plain PyTorch loop over the same model, and prints a table.
 
     python benchmarks/benchmark.py                                  debug and 125M models, 1 and 2 processes, five pairs
     python benchmarks/benchmark.py --models llama3_debug --pairs 3 --processes 1
 
-Each run is a process of its own: `train.py` as a user starts it, with its data, FSDP2, gradient norm and logging,
-against `plain_loop` below, which has random tokens, fused AdamW, torch's own clipping, no data, no logging and no FSDP;
-with 2 processes it has DistributedDataParallel. Same model, float32, same number of tokens. As DDP keeps all weights,
-FSDP2 does too (fsdp_reshard_after_forward "never"). A run's speed is its median step after the warm-up; what counts is
-the ratio of the two runs of a pair, since a shared machine's speed drifts. "first loss" is the time from the command to
-the first loss, its step included. Other arguments go to train.py.
+Each run is a new process. One run of a pair is `train.py` as a user starts it, with data, FSDP2, grad norm and logging.
+The other run is `plain_loop` below: random tokens, fused AdamW, torch's clipping, no data, no logging, no FSDP; with
+several processes it uses DistributedDataParallel (DDP). Both train the same model in float32 on the same number of
+tokens. DDP keeps all weights on each rank, so FSDP2 keeps them too (fsdp_reshard_after_forward "never").
 
---plain_keeps_memory gives the plain loop the trainer's setting of malloc, which is worth 10 to 20 % by itself.
+The speed of a run is its median step after the warm-up. The speed of a shared machine drifts, therefore the result is
+the ratio of the two runs of a pair. "first loss" is the time from the command to the first loss, including the first
+step. Other arguments go to train.py.
+
+--plain_keeps_memory gives the plain loop the trainer's malloc setting, which makes it 10 to 20 % faster.
 """
 
 import argparse
@@ -26,14 +28,14 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 WARMUP_STEPS = 1
-SHAPES = {  # model: (sequences a process and step, tokens a sequence, steps)
+SHAPES = {  # model: (sequences per process and step, tokens per sequence, steps)
     "llama3_debug": (8, 256, 16),
     "llama3_125m": (4, 256, 4),
 }
 
 
 def plain_loop(model_name: str, output: str) -> None:
-    """What the trainer is measured against: nothing but the model's own work. Writes the step times to output."""
+    """A training loop with the model's work and nothing else. Writes the seconds of each step to output."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -72,7 +74,8 @@ def plain_loop(model_name: str, output: str) -> None:
 def run(
     kind: str, model: str, processes: int, folder: Path, options: list[str], keeps_memory: bool
 ) -> tuple[float, float]:
-    """One whole process: (tokens a second of all processes, seconds from the command to the first loss)."""
+    """Starts one run; returns the tokens per second of all its processes, and the seconds from the command to the
+    first loss."""
     batch, seq_len, steps = SHAPES[model]
     folder.mkdir()
     if kind == "ours":
@@ -112,7 +115,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--plain_keeps_memory", action="store_true")
-    parser.add_argument("--plain", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)  # one run of the other
+    parser.add_argument("--plain", nargs=2, metavar=("MODEL", "OUTPUT"), help=argparse.SUPPRESS)  # run plain_loop
     arguments, options = parser.parse_known_args()  # the rest goes to train.py
     if arguments.plain:
         plain_loop(*arguments.plain)
@@ -126,7 +129,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 runs = {"ours": [], "plain": []}
                 for pair in range(arguments.pairs):
-                    # The order alternates too, so that a steady drift favours neither.
+                    # The order alternates, so that a steady drift of the machine's speed favours neither.
                     for kind in ("ours", "plain") if pair % 2 == 0 else ("plain", "ours"):
                         where = Path(folder) / f"{kind}{pair}"
                         runs[kind].append(run(kind, model, processes, where, options, arguments.plain_keeps_memory))

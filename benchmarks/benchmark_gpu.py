@@ -1,20 +1,22 @@
-"""Speed and memory of the trainer on one GPU, beside a plain loop, the card's own ceiling and bytes counted by hand.
+"""Measures speed and memory of the trainer on one GPU, and compares them with a plain loop, with the GPU's matmul
+ceiling, and with memory counted by hand.
 
-    python benchmarks/benchmark_gpu.py '1b/*' '8b/4k*' --out FOLDER           cases of gpu_cases.py: patterns of GROUP/CASE
-    python benchmarks/benchmark_gpu.py --profile '8b/4k, batch 3'             where the time of one case's step goes
-    python benchmarks/benchmark_gpu.py '1b/*' --device cpu                    the whole of it, tiny, on a CPU: a dry run
+    python benchmarks/benchmark_gpu.py '1b/*' '8b/4k*' --out FOLDER     cases of gpu_cases.py: patterns of GROUP/CASE
+    python benchmarks/benchmark_gpu.py --profile '8b/4k, batch 3'       where the time of a step goes
+    python benchmarks/benchmark_gpu.py '1b/*' --device cpu              a dry run with tiny models on a CPU
 
-Each case is a process of its own (`gpu_case.py`), with the options of train.py that stand beside its name. Its speed is
-the median over the logged intervals after the first two: the first step compiles, the second allocates. A case with
-"plain" is followed by a plain loop with the same options, so that their ratio is taken on the same card in the same
-minutes. What fails (out of memory, out of time) is reported as that, and the rest goes on. --seconds is for all of it:
-then no further case begins.
+Each case is a process (`gpu_case.py`) with the options of train.py that gpu_cases.py lists. Its speed is the median
+over the logged intervals after the first two: the first step compiles, the second allocates. A case marked PLAIN is
+followed by a plain loop with the same options, so that both numbers of their ratio come from the same GPU at about the
+same time. A case that fails (out of memory, out of time) is reported as failed, and the other cases go on. After
+--seconds no further case begins.
 
-A GPU's minutes are dear: while a case runs, the next one's process has imported torch and waits. And with --precompile
-N nothing is measured, but the compiler's cache is filled with the graphs of these cases, N at a time, with two layers
-each. (Its choices between variants of a kernel, which it makes by timing them, are forgotten: the GPU is busy then.)
+GPU time is expensive: while a case runs, the process of the next case has already imported torch and waits. With
+--precompile N nothing is measured. Instead the compiler's cache is filled with the graphs of the cases, N at a time,
+with two layers each. The compiler chooses between variants of a kernel by timing them, and other processes disturb
+these timings, so the choices are deleted from the cache.
 
-FOLDER/results.json has everything, FOLDER/results.csv a line a case, FOLDER/<group>/ each process's output.
+FOLDER/results.json has all numbers, FOLDER/results.csv a line per case, FOLDER/<group>/ the output of each process.
 """
 
 import argparse
@@ -41,8 +43,8 @@ from gpu_memory import predict_memory  # noqa: E402
 from gpu_profile import print_profile  # noqa: E402
 from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: E402
 
-import train  # noqa: E402
 from config import load_config  # noqa: E402
+from hf import get_model_args  # noqa: E402
 from model import flops_per_token  # noqa: E402
 
 COLUMNS = [
@@ -53,7 +55,7 @@ COLUMNS = [
 
 
 class Case:
-    """A process of gpu_case.py, which waits for `finish` once it has imported what it needs."""
+    """A process of gpu_case.py. It imports its modules and then waits for `finish`."""
 
     def __init__(self, kind: str, name: str, options: str, arguments: argparse.Namespace):
         self.kind, self.name, self.options = kind, name, options
@@ -65,12 +67,12 @@ class Case:
             (self.folder / old).unlink(missing_ok=True)
         with open(self.folder / "output.txt", "w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "scripts" / "gpu_case.py"), kind, str(self.folder), *self.argv],
+                [sys.executable, str(ROOT / "benchmarks" / "gpu_case.py"), kind, str(self.folder), *self.argv],
                 cwd=ROOT, stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 
     def finish(self, seconds: float) -> dict:
-        """Lets it run: a row with COLUMNS, and whatever else is known. Ends after `seconds`, at the latest."""
+        """Lets the process run for at most `seconds`; returns a row with COLUMNS and all other measured values."""
         group, _, case = self.name.partition("/")
         row = dict.fromkeys(COLUMNS) | dict(
             date=date.today().isoformat(), group=group, case=case, kind=self.kind, options=self.options
@@ -101,7 +103,7 @@ class Case:
         return row
 
     def kill(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)  # with the compiler's helpers, in the session that it leads
+        os.killpg(self.process.pid, signal.SIGKILL)  # the whole session, with the compiler's processes
         self.process.wait()
 
 
@@ -113,14 +115,14 @@ def add_speed(row: dict, folder: Path, argv: list[str]) -> None:
     for key in ("tokens_per_second", "tflops", "mfu"):
         row[key] = median(r[key] for r in rows[2:]) if rows[-1][key] is not None else None
     config = load_config(argv)
-    args, seq_len = train.model_args_of(config), config.training.seq_len
+    args, seq_len = get_model_args(**vars(config.model)), config.training.seq_len
     row["causal_tflops"] = row["tokens_per_second"] * flops_per_token(args, seq_len, causal=True) / 1e12
     row |= dict(peak_gib=rows[-1]["memory_gib"], loss=rows[-1]["loss"], first_step_seconds=rows[0]["seconds"])
 
 
 def add_prediction(row: dict, argv: list[str]) -> None:
     config = load_config(argv)
-    row["predicted"] = predicted = predict_memory(train.model_args_of(config), config)
+    row["predicted"] = predicted = predict_memory(get_model_args(**vars(config.model)), config)
     row |= dict(predicted_gib=predicted["peak"] / 2**30, predicted_peak_at=predicted["peak_at"])
     if row["peak_gib"] is not None:
         row["predicted_over_measured"] = row["predicted_gib"] / row["peak_gib"]
@@ -160,7 +162,7 @@ def table(rows: list[dict]) -> str:
 
 
 def precompile(jobs: list[tuple[str, str, str]], at_a_time: int, arguments: argparse.Namespace) -> None:
-    """Fills the compiler's cache: a block's graphs are the same in any number of layers."""
+    """Fills the compiler's cache. Two layers are enough: all layers share the graphs of a block."""
     start, distinct = time.monotonic(), {options: name for kind, name, options in jobs if "--compile" in options}
     small = "--model.n_layers 2 --training.steps 1 --training.global_batch_size -1"
 
@@ -178,15 +180,15 @@ def precompile(jobs: list[tuple[str, str, str]], at_a_time: int, arguments: argp
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="GROUP/CASE", help="patterns; they run in this order")
-    parser.add_argument("--profile", nargs="+", default=[], metavar="GROUP/CASE", help="after these, profiles of these")
+    parser.add_argument("cases", nargs="*", metavar="GROUP/CASE", help="patterns; cases run in this order")
+    parser.add_argument("--profile", nargs="+", default=[], metavar="GROUP/CASE", help="then profile these cases")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "benchmark_gpu")
-    parser.add_argument("--cache", type=Path, default=ROOT / "outputs" / "cache", help="where tokens are kept")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="for all cases together")
-    parser.add_argument("--case_seconds", type=float, default=150.0, help="for one case")
-    parser.add_argument("--precompile", type=int, default=0, metavar="N", help="only compile, N cases at a time")
-    parser.add_argument("--options", default="", help="of train.py, for all cases")
+    parser.add_argument("--cache", type=Path, default=ROOT / "outputs" / "cache", help="folder for tokenized data")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="limit for all cases together")
+    parser.add_argument("--case_seconds", type=float, default=150.0, help="limit for one case")
+    parser.add_argument("--precompile", type=int, default=0, metavar="N", help="only compile, N at a time")
+    parser.add_argument("--options", default="", help="options of train.py for all cases")
     arguments = parser.parse_args()
     arguments.out, arguments.cache = arguments.out.resolve(), arguments.cache.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -208,7 +210,7 @@ def main() -> None:
     def names(pattern: str) -> list[str]:
         known = [f"{group}/{case}" for group, (_, cases) in GROUPS.items() for case in cases]
         found = [name for name in known if fnmatch(name, pattern)]
-        return found or parser.error(f"{pattern} is none of {', '.join(known)}")
+        return found or parser.error(f"no case matches {pattern}; there are {', '.join(known)}")
 
     jobs = [("ceiling", "ceiling/matrix product", f"--job.device {arguments.device}")]  # (kind, name, options)
     for name in dict.fromkeys(name for pattern in arguments.cases for name in names(pattern)):
@@ -232,7 +234,7 @@ def main() -> None:
             continue
         row = case.finish(min(left, arguments.case_seconds))
         speed = "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f} tokens/s, "
-        print(f"{name} ({kind}): {row['status']}, {speed}{row['wall_seconds']:.0f} s in all", flush=True)
+        print(f"{name} ({kind}): {row['status']}, {speed}{row['wall_seconds']:.0f} s in total", flush=True)
         if kind == "plain":
             ours, theirs = rows[-1]["tokens_per_second"], row["tokens_per_second"]
             rows[-1]["plain_ratio"] = ours / theirs if ours and theirs else None
@@ -241,7 +243,7 @@ def main() -> None:
         rows.append(row)
         save(rows, arguments.out)
         if row["status"] != "ok":
-            time.sleep(10)  # until the driver has its memory back
+            time.sleep(10)  # the driver needs time to reclaim the memory of the failed process
     products = rows[0].get("facts", {}).get("ceiling", {})
     print("\n" + ", ".join(f"{product} {value:,.1f} TFLOP/s" for product, value in products.items()), end="\n\n")
     print(table(rows))

@@ -1,10 +1,10 @@
-"""What the parallelisms cost beside their communication: CPU time of a step on a process group that sends nothing.
+"""Measures the Python cost of the parallelisms: CPU time of a step on a process group that sends nothing.
 
     python benchmarks/eager_cost.py                                       a table of layouts
-    python benchmarks/eager_cost.py --profile "tensor_parallel_degree 2"  the functions of one
+    python benchmarks/eager_cost.py --profile "tensor_parallel_degree 2"  the most expensive functions of a layout
 
-One process runs rank 0's part of the debug-sized model, eager, with one thread, so what a layout takes longer than one
-process does is Python's and DTensor's bookkeeping (it also computes less).
+One process runs rank 0's part of a small model, eager, with one thread. Rank 0 of a layout computes less than a single
+process does, so the time that it takes longer is spent in Python and in DTensor's dispatch.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 25
-LAYOUTS = {  # processes by options
+LAYOUTS = {  # options of [parallelism]: number of ranks
     "": 1,
     "data_parallel_shard_degree 4": 4,
     "tensor_parallel_degree 2": 2,
@@ -41,7 +41,8 @@ def settings(layout: str, folder: str) -> list[str]:
 
 
 def run(layout: str, profile: bool, folder: str) -> None:
-    """In a process of its own: prints the milliseconds of CPU time of a step, and its functions if they are wanted."""
+    """Runs rank 0 of a layout, in a new process; prints the milliseconds of CPU time of a step and, with profile, the
+    functions that take most of it."""
     sys.path.insert(0, str(ROOT))
     import torch
     import torch.distributed as dist
@@ -53,7 +54,7 @@ def run(layout: str, profile: bool, folder: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=LAYOUTS[layout])
-    # Nothing arrives, so what would be read from others is left out or taken for granted.
+    # No rank answers, so each function that reads other ranks' answers is replaced.
     resilience.run.init_distributed = lambda *_: torch.device("cpu")
     train.Run.require_same_on_all_ranks = lambda *_, **__: None
     clip, count, starts, profiler = train.clip_grad_norm, train.count_valid_tokens, [], cProfile.Profile()
@@ -75,8 +76,8 @@ def run(layout: str, profile: bool, folder: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", choices=LAYOUTS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=LAYOUTS, metavar="LAYOUT", help=f"one of {', '.join(map(repr, LAYOUTS))}")
     parser.add_argument("--layout", choices=LAYOUTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

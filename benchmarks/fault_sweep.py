@@ -1,11 +1,11 @@
-"""Kills small runs at random moments, many times, and checks that each of them goes on as if nothing had been:
+"""Kills small runs at random moments, many times, and checks that each run resumes exactly.
 
     python benchmarks/fault_sweep.py --kills 120
 
-A trial is one run of 12 steps on 2 CPU ranks, with a checkpoint every second step, that is killed (SIGKILL, one rank or
-all) up to five times and started again until it is done. Then its losses and gradient norms must equal those of a run
-that was left alone, to the last bit, and no start may have begun anew when there was a checkpoint. Two thirds of the
-kills are aimed at a save: they come a random moment after its folder has appeared. The result goes to
+A trial is one run of 12 steps on 2 CPU ranks, with a checkpoint every second step. It is killed (SIGKILL to one rank or
+to all ranks) up to five times, and started again until it is done. Every start must resume from the newest complete
+checkpoint, and the losses and grad norms must equal those of an undisturbed run to the last bit. Two thirds of the
+kills aim at a save: they come at a random moment after the save's folder has appeared. The result goes to
 docs/fault_sweep.json, which docs/faults.md quotes. Ranks are forked from a process that has imported torch, so a trial
 takes a few seconds.
 """
@@ -31,7 +31,7 @@ from helpers.faults import exit_codes, start  # noqa: E402
 from helpers.runs import TINY, argv, options, read_metrics, write_ragged_text  # noqa: E402
 
 STEPS, INTERVAL, RANKS, KILLS_A_RUN = 12, 2, 2, 5
-GRACE_SECONDS = 30  # as torchrun's, for the ranks that are left
+GRACE_SECONDS = 30  # torchrun gives the remaining ranks the same time
 KINDS = [(who, mode) for who in ("one rank", "all ranks") for mode in ("disabled", "async")]
 
 
@@ -45,13 +45,14 @@ def arguments(folder: Path, mode: str) -> list[str]:
 
 
 def rows(folder: Path) -> list[tuple]:
-    """Every step as it was done last."""
+    """The numbers of each step. A step that was repeated counts once, as it was done last."""
     found = {r["step"]: (r["step"], r["loss"], r["grad_norm"], r["tokens_seen"]) for r in read_metrics(folder / "run")}
     return list(found.values())
 
 
 def kill(processes: list, folder: Path, who: str, choose: random.Random) -> str | None:
-    """Kills at a random moment: what was under way, or None if the run was quicker."""
+    """Kills processes at a random moment. Returns the phase of the run at that moment, or None if the run ended before
+    it."""
     checkpoints = folder / "run" / "checkpoint"
     saving = lambda: checkpoints.exists() and any(n.startswith("incomplete-step") for n in os.listdir(checkpoints))  # noqa: E731
     aimed, skip = choose.random() < 2 / 3, choose.randrange(4)
@@ -76,7 +77,7 @@ def kill(processes: list, folder: Path, who: str, choose: random.Random) -> str 
 
 
 def end(processes: list, seconds: float) -> bool:
-    """Whether all end by themselves in that time; then none is left in any case."""
+    """Waits up to `seconds`, then kills the processes that still run. Returns whether all had ended by themselves."""
     deadline = time.monotonic() + seconds
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
@@ -88,7 +89,8 @@ def end(processes: list, seconds: float) -> bool:
 
 
 def trial(number: int, folder: Path, expected: list[tuple], choose: random.Random) -> list[tuple[str, str, str]]:
-    """The kills: (who, mode of saving, what was under way). AssertionError if the run is not as it should be."""
+    """Runs one trial. Returns its kills: (who was killed, checkpoint.async_mode, the phase of the run). AssertionError
+    if the run did not resume exactly."""
     who, mode = KINDS[number % len(KINDS)]
     folder.mkdir()
     output, kills = folder / "output.txt", []
@@ -101,14 +103,14 @@ def trial(number: int, folder: Path, expected: list[tuple], choose: random.Rando
         ended_alone = end(processes, GRACE_SECONDS if moment else 120)
         codes = [process.exitcode for process in processes]
         lines = output.read_text().splitlines()[lines_before:]
-        # What a start finds complete, it resumes from, whatever else is there.
+        # A start resumes from the newest complete checkpoint, whatever else is in the folder.
         complete = max((int(name[5:]) for name in before if name.startswith("step-")), default=None)
         resumed = [line for line in lines if line.startswith("resumed at step")]
         has_begun = any("parameters on" in line for line in lines)
         if has_begun:
             assert bool(resumed) == (complete is not None), (before, lines)
             assert not resumed or resumed[0].startswith(f"resumed at step {complete} "), (before, lines)
-        # While a run starts, a rank may wait for a peer as long as comm.timeout_seconds: torchrun would end it.
+        # During the start a rank may wait for a dead peer until comm.timeout_seconds: there torchrun would end it.
         assert ended_alone or not any(line.startswith("step ") for line in lines), (codes, lines)
         assert not any("corrupt" in line for line in lines), lines
         if moment is None:
@@ -121,10 +123,11 @@ def trial(number: int, folder: Path, expected: list[tuple], choose: random.Rando
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=120, help="how many at least (default 120)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and the ranks that are chosen")
+    parser.add_argument("--kills", type=int, default=120, help="smallest number of kills (default 120)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random moments and ranks")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "fault_sweep.json")
     given = parser.parse_args()
-    # Of the process that imports torch, and those that are forked from it.
+    # For the process that imports torch, and for the ranks that are forked from it.
     os.environ.update(PYTHONPATH=os.pathsep.join(sys.path[:2]), OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
     choose, kills, number, began = random.Random(given.seed), [], 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="nano-train-sweep-") as name:
@@ -149,7 +152,7 @@ def main() -> None:
         date=str(date.today()), torch=torch.__version__, machine=platform.machine(), ranks=RANKS, seed=given.seed,
         runs=number, kills=len(kills), seconds=round(time.monotonic() - began), by_kind=dict(sorted(table.items())),
     )  # fmt: skip
-    (ROOT / "docs" / "fault_sweep.json").write_text(json.dumps(result, indent=1) + "\n")
+    given.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 

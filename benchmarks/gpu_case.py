@@ -1,14 +1,19 @@
-"""One case of `benchmark_gpu.py` in a process of its own: `gpu_case.py KIND FOLDER --section.key value ...`
+"""Runs one case of `benchmark_gpu.py`.
 
-    train      the trainer, as `python train.py` runs it; besides its metrics, what the allocator holds at three points
+    python benchmarks/gpu_case.py KIND FOLDER --section.key value ...
+
+KIND is one of
+
+    train      the trainer, as `python train.py` runs it; also records the allocated memory at three points of a step
     plain      the plain loop below, with the same options
-    profile    the trainer; one of its steps recorded by torch.profiler
-    compile    the trainer, for what it leaves in the compiler's cache
-    ceiling    single large matrix products, in bfloat16 and float8
-    experts    the grouped product of DeepSeek-V2-Lite's experts, likewise (not a part of benchmark_gpu.py)
+    profile    the trainer; torch.profiler records one step
+    compile    the trainer; fills the compiler's cache
+    ceiling    large matrix products, in bfloat16 and float8
+    experts    the grouped product of DeepSeek-V2-Lite's experts, in bfloat16 and float8 (benchmark_gpu.py has no such
+               case)
 
-Imports what it needs, then waits for a line on stdin. Writes FOLDER/metrics.jsonl (the trainer's own or, by the same
-class, the plain loop's) and FOLDER/facts.json.
+The process imports its modules, then waits for a line on stdin. It writes FOLDER/metrics.jsonl (the plain loop through
+the trainer's class Metrics) and FOLDER/facts.json.
 """
 
 import importlib
@@ -19,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -28,11 +32,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import train
+from checkpoint import TrainState
 from config import Config, load_config
+from hf import get_model_args
 from model import Transformer, flops_per_token
-from parallelize import init_weights
-from parallelize.activation import apply_activation_checkpointing
-from parallelize.compile import apply_compile
+from parallelize import apply_activation_checkpointing, apply_compile, init_weights
 from resilience import clean_exit
 from resilience.process_group import init_distributed
 from training.metrics import Metrics
@@ -41,32 +45,27 @@ PROFILED_AFTER, PROFILED_STEPS = 2, 1
 
 
 def plain_loop(config: Config) -> None:
-    """What the trainer is measured against: the model, compiled by block, random tokens, torch's clipping, fused AdamW.
+    """A plain training loop over the same model: random tokens, blocks compiled one by one, torch's clipping, fused
+    AdamW. The trainer's speed is divided by the speed of this loop.
 
-    Weights in the dtype of computation need nothing else. Others have to be cast, and bare FSDP2 of one rank is the
-    fastest way to it that torch has: the same work as the trainer's, with none of its settings.
+    Where weights must be cast to the compute dtype, the loop uses FSDP2 on one rank, with torch's default settings: it
+    is torch's fastest way to do so.
     """
     training = config.training
     device = init_distributed(config.job.device, 600)
-    args = train.model_args_of(config)
+    args = get_model_args(**vars(config.model))
     with torch.device("meta"):
-        model = Transformer(args, training.loss_chunk_size).to(getattr(torch, training.dtype))
+        model = Transformer(args, training.loss_chunk_size).to(training.torch_dtype)
     if config.float8.enable:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
         recipe = replace(Float8LinearConfig.from_recipe_name(config.float8.recipe), emulate=config.float8.emulate)
         convert_to_float8_training(model, config=recipe, module_filter_fn=lambda _, name: name != "output")
-    recompute = config.activation_checkpoint
-    apply_activation_checkpointing(
-        model, mode=recompute.mode, selective=recompute.selective_option, memory_budget=recompute.memory_budget
-    )
-    if config.compile.enable:
-        apply_compile(model, backend=config.compile.backend)
-    if training.dtype != training.mixed_precision_param:
+    apply_activation_checkpointing(model, **vars(config.activation_checkpoint))
+    apply_compile(model, **vars(config.compile), param_dtype=training.param_dtype, separate_experts=False)
+    if training.torch_dtype != training.param_dtype:
         mesh = init_device_mesh(device.type, (1,))
-        policy = MixedPrecisionPolicy(
-            getattr(torch, training.mixed_precision_param), torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy(training.param_dtype, torch.float32, cast_forward_inputs=False)
         for module in (*model.layers.values(), model):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
@@ -75,17 +74,12 @@ def plain_loop(config: Config) -> None:
     batch, seq_len = training.local_batch_size, training.seq_len
     microbatches = max(1, training.global_batch_size // batch)
     positions = torch.arange(seq_len, device=device).expand(batch, seq_len)
+    flops, state = flops_per_token(args, seq_len), TrainState()
     metrics = Metrics(
-        config.job.dump_folder,
-        device,
-        total_steps=training.steps,
-        flops_per_token=flops_per_token(args, seq_len),
-        log_freq=config.metrics.log_freq,
-        enable_tensorboard=False,
+        config.job.dump_folder, device, total_steps=training.steps, flops_per_token=flops, **vars(config.metrics)
     )
-    state = SimpleNamespace(step=0, tokens_seen=0)
     metrics.start(state)
-    for step in range(1, training.steps + 1):
+    for _ in range(training.steps):
         total = torch.zeros((), device=device)
         for _ in range(microbatches):
             tokens = torch.randint(args.vocab_size, (batch, seq_len + 1), device=device)
@@ -95,13 +89,14 @@ def plain_loop(config: Config) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        state.step, state.tokens_seen = step, step * microbatches * batch * seq_len
-        if metrics.is_log_step(step):
+        state.advance(sequences=microbatches * batch, tokens=microbatches * batch * seq_len)
+        if metrics.is_log_step(state.step):
             metrics.log(state, loss=total.item(), grad_norm=0.0, lr=config.optimizer.lr, data_seconds=0.0)
 
 
 def ceiling(device: torch.device, size: int) -> dict[str, float]:
-    """TFLOP/s of a product of two size x size matrices of random numbers (zeros run faster), the median of 20."""
+    """TFLOP/s of a product of two size x size matrices, by dtype; the median of 20 measurements. The matrices hold
+    random numbers, because a GPU multiplies zeros faster."""
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     products = {"bfloat16": lambda: a @ b.T}
     if device.type == "cuda":
@@ -114,8 +109,9 @@ def ceiling(device: torch.device, size: int) -> dict[str, float]:
 
 
 def experts(device: torch.device) -> dict[str, float]:
-    """TFLOP/s of one grouped product of DeepSeek-V2-Lite's experts, forward and both of backward, compiled: 64 experts
-    of 2,048 x 1,408 over 98,304 rows; in bfloat16, and by torchao's prototype in float8 rowwise, casts included."""
+    """TFLOP/s of one grouped product of DeepSeek-V2-Lite's experts, compiled, with the two products of its backward: 64
+    experts of 2,048 x 1,408 over 98,304 rows. In bfloat16, and in float8 rowwise by torchao's prototype, with the time
+    of its casts."""
     from torchao.prototype.moe_training.fp8_grouped_mm import _to_fp8_rowwise_then_scaled_grouped_mm as in_float8
 
     groups, rows, d_in, d_out = 64, 98304, 2048, 1408
@@ -145,7 +141,7 @@ def _seconds(function, device: torch.device) -> float:
     for _ in range(25):
         synchronize(device)
         start = time.perf_counter()
-        for _ in range(4):  # so that starting and waiting for them does not count
+        for _ in range(4):  # so that the launch and the wait count less
             function()
         synchronize(device)
         times.append((time.perf_counter() - start) / 4)
@@ -159,8 +155,8 @@ def synchronize(device: torch.device) -> None:
 
 @contextmanager
 def watching_memory(facts: dict):
-    """Notes the most bytes that the allocator holds where a step starts, after forward and before clipping. Counters
-    only: nothing waits for the GPU."""
+    """Records the largest number of allocated bytes at the start of a step, after forward, and before clipping. It
+    reads counters of the allocator, so nothing waits for the GPU."""
     held = torch.cuda.memory_allocated if torch.cuda.is_available() else lambda: 0
     build_stages, count_valid_tokens, clip_grad_norm = (
         train.build_stages,
@@ -190,36 +186,38 @@ def watching_memory(facts: dict):
     if torch.cuda.is_available():
         stats = torch.cuda.memory_stats()
         facts["peak"], facts["reserved"] = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-        # Not 0: the allocator had to hand memory back and ask again, and the speed is not the model's.
+        # If this is not 0, the allocator returned memory to the driver and requested it again: the speed is then not
+        # the model's.
         facts["alloc_retries"] = stats["num_alloc_retries"]
 
 
 @contextmanager
 def profiling(folder: Path):
-    """Records PROFILED_STEPS steps of the trainer in folder/trace.json, kernels only."""
+    """Records the kernels of PROFILED_STEPS steps of the trainer in folder/trace.json."""
     from torch.profiler import ProfilerActivity, profile
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     profiler = profile(activities=[ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU])
-    count, steps = train.Metrics.count, 0
+    advance = train.TrainState.advance
 
-    def count_and_record(self, *args):
-        nonlocal steps
-        count(self, *args)
-        steps += 1
-        if steps == PROFILED_AFTER:
+    def advance_and_record(state, **counts):
+        advance(state, **counts)
+        if state.step == PROFILED_AFTER:
             synchronize(device)
             profiler.start()
-        if steps == PROFILED_AFTER + PROFILED_STEPS:
+        if state.step == PROFILED_AFTER + PROFILED_STEPS:
             synchronize(device)
             profiler.stop()
 
-    train.Metrics.count = count_and_record
+    train.TrainState.advance = advance_and_record
     yield
     profiler.export_chrome_trace(str(folder / "trace.json"))
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        print(__doc__)
+        return
     kind, folder, options = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     folder.mkdir(parents=True, exist_ok=True)
     config = load_config([*options, "--job.dump_folder", str(folder)])

@@ -1,30 +1,41 @@
-"""How many bytes a training step needs on one GPU, counted by hand, for `benchmark_gpu.py` to hold against the truth.
+"""Predicts the memory of a training step on one GPU: bytes counted by hand, from the model's shape alone.
 
-Notation: P = parameters, T = tokens of a microbatch; w = bytes of a stored weight (training.dtype), c = of one in use
-(mixed_precision_param), r = of a reduced gradient (mixed_precision_reduce). What is there at all moments, and then the
-moments at which most else is:
+    python benchmarks/gpu_memory.py --job.config_file configs/llama3_8b_1gpu.toml       prints GiB by moment
+
+`benchmark_gpu.py` compares the prediction with the allocator's peak.
+
+Notation: P = parameters, T = tokens of a microbatch; w = bytes of a stored weight (training.dtype), c = bytes of a
+weight in use (mixed_precision_param), r = bytes of a reduced gradient (mixed_precision_reduce). The first two rows are
+in memory most of the time; the other rows are the moments at which the memory may have its peak:
 
     static                weights w P, Adam's two moments 2 w P; gradients w P too when they are accumulated
     activations           per block the table below x T, the last block's output, cosines and sines, the microbatches
     head, forward         a chunk's logits; the gradients of h and of the head's weight, made at once (model/head.py)
-    head, backward        these two twice: as they were made, and multiplied by what comes from above
-    head, reduced         FSDP's buffers: the gradient in reduce_dtype to be sent, the same received
-    block i               the activations of blocks 1 to i, the gradients of all behind it, those of its own activations
-    embedding             no activations; all gradients, and the embedding's while it is made
+    head, backward        these two gradients twice: as they were made, and multiplied by the gradient of the loss
+    head, reduced         FSDP's buffers: the gradient in reduce_dtype to be sent, and the received gradient
+    block i               activations of blocks 1 to i, gradients of all later weights, gradients of i's activations
+    embedding             no activations; all gradients, and the embedding's gradient while it is made
     optimizer             weights, moments, gradients
 
 FSDP is there only where weights are cast (w != c): it adds a block's gathered weights and the buffers of its reduction.
 """
 
-from config import Config
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from config import Config, load_config
+from hf import get_model_args
 from model import ModelArgs, num_params
+from resilience import clean_exit
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
-# What a block keeps for backward, in bytes a token in bfloat16, as multiples of dim, n_kv_heads x head_dim, hidden_dim
-# and n_heads; parallelize/activation.py explains the first three. Compiled, silu(w1 x) is not kept; in float8 neither
-# are the norms' results and the product that goes into w2, which are cast in any case. (Found in the graphs that
-# inductor makes, on torch 2.11 and 2.13; two float32 numbers of the norms come on top.)
+# The bytes that a block keeps for backward, per token in bfloat16, as multiples of dim, n_kv_heads x head_dim,
+# hidden_dim and n_heads. parallelize/activation.py explains the first three rows. A compiled block does not keep
+# silu(w1 x). A compiled float8 block does not keep the norms' results and w2's input either: it keeps their float8
+# casts. The numbers are those of inductor's graphs on torch 2.11 and 2.13. The norms add two float32 numbers per token.
 KEPT = {
     "eager": (12, 4, 8, 4),
     "op": (6, 2, 2, 4),
@@ -32,15 +43,16 @@ KEPT = {
     "compiled": (12, 4, 6, 4),
     "compiled float8": (8, 4, 4, 4),
 }
-# Bytes for each logit of a chunk at the worst moment: in bfloat16 logits, their gradient, and that of the chunk before;
-# eager has several float32 copies besides.
-LOGIT_BYTES = {"compiled": (4, 6), "eager": (15, 17)}  # one chunk, several
-COPIES_OF_REDUCED = 2  # FSDP of one rank: what would be sent, what would be received
+# Bytes for each logit of a chunk at the worst moment, in bfloat16: the logits, their gradient, and with several chunks
+# the gradient of the previous chunk. Eager mode adds several float32 copies.
+LOGIT_BYTES = {"compiled": (4, 6), "eager": (15, 17)}  # with one chunk, with several
+COPIES_OF_REDUCED = 2  # FSDP of one rank has a buffer to send and a buffer to receive
 WORKSPACE = 0.1 * 2**30  # cuBLAS, cuDNN
 
 
 def predict_memory(args: ModelArgs, config: Config) -> dict:
-    """Bytes by name: the parts, each moment's sum, and `peak`, the largest of them (its name is `peak_at`)."""
+    """Returns bytes by name: the parts, the sums of the largest `moments`, and `peak`, the largest sum; `peak_at` is
+    the name of that moment."""
     training = config.training
     w, c, r = (BYTES[getattr(training, name)] for name in ("dtype", "mixed_precision_param", "mixed_precision_reduce"))
     tokens = training.local_batch_size * training.seq_len
@@ -57,8 +69,8 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
     whole, kept = (x * tokens for x in _block_activations(args, config))
     outside = stream + 4 * args.head_dim * tokens + 24 * tokens * microbatches
     activations = args.n_layers * kept + outside
-    # The largest gradients of a block's activations are those of w1's and w3's results and of their product; of experts
-    # also those of the rows that go in and come out.
+    # The largest gradients of a block's activations are those of w1's and w3's results and of their product. Experts
+    # also have the gradients of their input and output rows.
     largest = 3 * args.hidden_dim
     if args.n_experts:
         largest = args.top_k * (3 * args.moe_hidden_dim + 2 * args.dim)
@@ -67,11 +79,11 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
     chunk = min(training.loss_chunk_size or tokens, tokens)
     logits = LOGIT_BYTES["compiled" if is_compiled else "eager"][chunk < tokens] * c // 2 * chunk * args.vocab_size
     head_gradients = stream + c * embedding
-    # A tied weight is in FSDP's root group: gathered from the first use to the last, reduced at the end.
+    # A tied weight is in FSDP's root group: it is gathered from its first use to its last, and reduced at the end.
     gathered_head = c * embedding if has_fsdp else 0
     gathered_block = 2 * c * block if has_fsdp else 0  # the weights, and their gradients before they are reduced
     if not has_fsdp and accumulates:
-        gathered_block = c * block  # the new gradients, before they are added
+        gathered_block = c * block  # the new gradients, before they are added to the accumulated gradients
     reduced = COPIES_OF_REDUCED * r if has_fsdp else 0
     head_done = 0 if args.tie_embeddings and has_fsdp else w * embedding
     tied_until_the_end = 2 * c * embedding if args.tie_embeddings and has_fsdp else 0
@@ -117,7 +129,7 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
         gathered_head=gathered_head,
         gathered_block=gathered_block,
         reduced_head=reduced * embedding,
-        # As the child measures them, without a look at what is in between.
+        # At the three points where gpu_case.py measures.
         at_step_start=parameters + optimizer,
         after_forward=parameters + optimizer + accumulated + activations + gathered_head + head_gradients,
         before_clip=parameters + optimizer + gradients,
@@ -128,7 +140,7 @@ def predict_memory(args: ModelArgs, config: Config) -> dict:
 
 
 def _block_activations(args: ModelArgs, config: Config) -> tuple[float, float]:
-    """Bytes per token that a block's backward needs, and that are kept for it; the rest is recomputed."""
+    """Bytes per token that a block's backward needs, and the part of them that is kept; the rest is recomputed."""
     sizes = (args.dim, args.n_kv_heads * args.head_dim, args.hidden_dim, args.n_heads)
     factor = BYTES[config.training.mixed_precision_param] / 2
 
@@ -145,7 +157,7 @@ def _block_activations(args: ModelArgs, config: Config) -> tuple[float, float]:
     if recompute.mode == "full":
         return whole, per_token("full")
     if recompute.mode == "memory_budget":
-        return whole, max(per_token("full"), recompute.memory_budget * whole)
+        return whole, max(per_token("full"), float(recompute.selective_option) * whole)
     if recompute.mode == "selective" and recompute.selective_option == "op":
         return whole, per_token("op")
     if recompute.mode == "selective":
@@ -155,10 +167,12 @@ def _block_activations(args: ModelArgs, config: Config) -> tuple[float, float]:
 
 
 def _latent_block(args: ModelArgs, layer: int) -> float:
-    """The same of a block with latent attention, compiled, in bfloat16, without recomputation: the stream and its norm,
-    twice; latents before and after their norms; query and key heads, what keys and values are split from, and the
-    result; then, dense or shared, w1's and w3's results and their product, and for each of a token's experts these and
-    the rows that go in and come out; the router's scores."""
+    """Bytes per token that a compiled block with latent attention keeps, in bfloat16 without recomputation.
+
+    Attention: the stream and its norm, twice; the latents before and after their norms; the heads of queries and keys,
+    the tensor that keys and values are split from, and the result. Dense or shared feed-forward: w1's and w3's results
+    and their product. Routed experts: the same three for each expert of a token, with the input and output rows; and
+    the router's scores."""
     heads = args.n_heads * (2 * args.head_dim + args.qk_nope_head_dim + 2 * args.v_head_dim)
     latents = 2 * (args.q_lora_rank + args.kv_lora_rank) + args.qk_rope_head_dim
     kept = 2 * (4 * args.dim + heads + latents) + 4 * args.n_heads + 8
@@ -166,3 +180,18 @@ def _latent_block(args: ModelArgs, layer: int) -> float:
         return kept + 6 * args.hidden_dim
     experts = args.top_k * (4 * args.dim + 6 * args.moe_hidden_dim)
     return kept + experts + 6 * args.n_shared_experts * args.moe_hidden_dim + 4 * args.n_experts
+
+
+def main(argv: list[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    config = load_config(argv)
+    predicted = predict_memory(get_model_args(**vars(config.model)), config)
+    for name, num_bytes in predicted["moments"].items():
+        print(f"{name:<20} {num_bytes / 2**30:8.1f} GiB")
+
+
+if __name__ == "__main__":
+    with clean_exit():
+        main(sys.argv[1:])

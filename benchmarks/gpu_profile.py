@@ -1,11 +1,15 @@
-"""Where the time of a step goes: the kernels of a torch.profiler trace, by kind and by name."""
+"""Prints where the time of a step goes: the kernels of a torch.profiler trace, by kind and by name.
 
+python benchmarks/gpu_profile.py trace.json        a trace of one step, as `benchmark_gpu.py --profile` writes it
+"""
+
+import argparse
 import json
 import re
 from collections import defaultdict
 from pathlib import Path
 
-KINDS = (  # first match wins, in lower case: a compiled kernel has the names of all that it fuses, and so on
+KINDS = (  # The first match in lower case wins: the name of a compiled kernel has the names of all that it fuses.
     ("element-wise, compiled", r"^triton_(?!tem)"),
     ("attention", r"sdpa|flash|fmha|attention"),
     ("communication", r"nccl"),
@@ -18,14 +22,14 @@ KINDS = (  # first match wins, in lower case: a compiled kernel has the names of
 
 
 def print_profile(path: Path, *, steps: int, num_kernels: int = 25) -> None:
-    """Two tables: shares of the time by kind of kernel, with what is idle, and the num_kernels that take most.
+    """Prints two tables: the share of each kind of kernel and of idle time, and the num_kernels that take most time.
 
-    The window is from the first kernel's start to the last one's end, without what the CPU does at the edges. Kernels
-    of several streams can run at once, so the shares of the kinds and the idle one may add up to more than 1.
+    The window is from the first kernel's start to the last kernel's end. Kernels of several streams can run at once, so
+    the shares may add up to more than 1.
     """
     events = json.loads(path.read_text())["traceEvents"]
     on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    # Without a GPU, in a dry run, the CPU's operations stand in; they are nested, so the numbers mean nothing.
+    # In a dry run without a GPU, CPU operations take the place of kernels. They are nested: the numbers mean nothing.
     kernels = on_gpu or [e for e in events if e.get("cat") == "cpu_op"]
     window = max(e["ts"] + e["dur"] for e in kernels) - min(e["ts"] for e in kernels)
     idle = window - _busy(kernels)
@@ -56,3 +60,11 @@ def _busy(kernels: list[dict]) -> float:
         total += max(0.0, stop - start)
         end = max(end, stop)
     return total
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--steps", type=int, default=1, help="number of steps in the trace")
+    arguments = parser.parse_args()
+    print_profile(arguments.trace, steps=arguments.steps)

@@ -1,9 +1,10 @@
-"""Trains the debug model in eight layouts on the CPU and draws their losses on top of each other.
+"""Trains the debug model in eight layouts on CPUs and draws their losses in one figure.
 
     python benchmarks/plot_layouts.py [--steps 200]        writes docs/layouts.png; needs matplotlib
 
-In float64, so that what the layouts do differently, the order of their sums, stays as small as it is. (In float32 Adam
-makes a whole step of a rounding's sign, and after 200 steps losses are some 1e-3 apart.)
+The runs compute in float64, so that their rounding differences, which come from the order of sums, stay small. In
+float32 Adam can turn a rounding error in a gradient near zero into a step of full size: after 200 steps the losses
+differ by about 1e-3.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LAYOUTS = {  # name: (processes, options)
+LAYOUTS = {  # name: (processes, options of [parallelism])
     "one process": (1, {}),
     "FSDP 2": (2, {}),
     "HSDP 2 x 2": (4, {"data_parallel_replicate_degree": 2}),
@@ -30,7 +31,7 @@ LAYOUTS = {  # name: (processes, options)
 
 
 def losses(processes: int, options: dict, steps: int, folder: Path) -> list[float]:
-    """The loss of every step."""
+    """Trains in one layout; returns the loss of every step."""
     data_ranks = processes
     for axis in ("tensor", "context", "pipeline"):
         data_ranks //= options.get(f"{axis}_parallel_degree", 1)
@@ -50,14 +51,18 @@ def losses(processes: int, options: dict, steps: int, folder: Path) -> list[floa
 
 
 def main() -> None:
-    import matplotlib
-
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "layouts.png")
+    given = parser.parse_args()
+    steps = given.steps
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("error: plot_layouts.py needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
-    steps = parser.parse_args().steps
     figure, (above, below) = plt.subplots(2, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
     with tempfile.TemporaryDirectory() as folder:
         reference = None
@@ -74,8 +79,7 @@ def main() -> None:
     below.set_ylabel("relative distance\nfrom one process")
     below.set_xlabel("step")
     figure.tight_layout()
-    (ROOT / "docs").mkdir(exist_ok=True)
-    figure.savefig(ROOT / "docs" / "layouts.png", dpi=110)
+    figure.savefig(given.output, dpi=110)
 
 
 if __name__ == "__main__":

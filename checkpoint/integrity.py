@@ -23,67 +23,51 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from errors import ConfigError
-from files import is_plain_name, write_json
+from files import is_plain_name
 
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
-BLOCK = 2**20  # bytes that are hashed at a time
-
-# --------------------------------------------------------------------------------------------- damage
 
 
 def digest(path: str) -> dict[str, Any]:
     """Returns the manifest's entry of a file: its size in bytes and its SHA-256."""
-    sha256, size = hashlib.sha256(), 0
+    sha256 = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(2**20):
             sha256.update(block)
-            size += len(block)
-    return dict(bytes=size, sha256=sha256.hexdigest())
-
-
-def write_manifest(folder: str, entries: dict[str, dict]) -> None:
-    """Writes the manifest; entries: the `digest` of each file by name."""
-    write_json(os.path.join(folder, MANIFEST), dict(files=dict(sorted(entries.items()))))
+        return dict(bytes=file.tell(), sha256=sha256.hexdigest())
 
 
 def find_damage(folder: str, part: int = 0, parts: int = 1) -> str | None:
     """Returns why a folder is not a complete and intact checkpoint, or None if it is one. Of the files' contents a call
     checks one part of `parts`, counted from 0. ConfigError if the file system fails."""
     try:
-        return _find_damage(folder, part, parts)
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            entries = json.load(file)["files"]
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+        for name in (METADATA, STATE):
+            if name not in expected:
+                return f"its {MANIFEST} does not list {name}"
+        for name, (size, _) in expected.items():
+            if not is_plain_name(name):
+                return f'its {MANIFEST} names "{name}", which is not a file in it'
+            path = os.path.join(folder, name)
+            if os.path.islink(path):
+                return f"its {name} is a link, which may lead out of it"
+            if os.stat(path).st_size != size:
+                return f"its {name} has {os.stat(path).st_size:,} bytes, {size:,} were written"
+        # Largest first, so that all ranks hash about the same number of bytes.
+        by_size = sorted(expected, key=lambda name: (-expected[name][0], name))
+        for name in by_size[part::parts]:
+            if digest(os.path.join(folder, name))["sha256"] != expected[name][1]:
+                return f"its {name} is not what was written (SHA-256)"
     except FileNotFoundError as error:
         return f"it has no {os.path.basename(error.filename)}"
     except OSError as error:  # A disk or permission error may go away: the checkpoint is not to blame.
         raise ConfigError(f"cannot read {error.filename or folder}: {error.strerror}.") from None
-
-
-def _find_damage(folder: str, part: int, parts: int) -> str | None:
-    try:
-        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-            entries = json.load(file)["files"]
-        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} is damaged"
-    for name in (METADATA, STATE):
-        if name not in expected:
-            return f"its {MANIFEST} does not list {name}"
-    for name, (size, _) in expected.items():
-        if not is_plain_name(name):
-            return f'its {MANIFEST} names "{name}", which is not a file in it'
-        path = os.path.join(folder, name)
-        if os.path.islink(path):
-            return f"its {name} is a link, which may lead out of it"
-        if os.stat(path).st_size != size:
-            return f"its {name} has {os.stat(path).st_size:,} bytes, {size:,} were written"
-    # Largest first, so that all ranks hash about the same number of bytes.
-    by_size = sorted(expected, key=lambda name: (-expected[name][0], name))
-    for name in by_size[part::parts]:
-        if digest(os.path.join(folder, name))["sha256"] != expected[name][1]:
-            return f"its {name} is not what was written (SHA-256)"
     return None
 
-
-# --------------------------------------------------------------------------------------------- hostile files
 
 # Module -> names, as torch 2.11 to 2.13 write them. _get_layout only looks a name up in a fixed table.
 ALLOWED = {
@@ -106,36 +90,34 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _load_metadata(path: str) -> Metadata:
+    with open(path, "rb") as file:
+        metadata = _Unpickler(file).load()
+    if type(metadata) is not Metadata:
+        raise ConfigError("it is not of the class Metadata")
+    for name, entry in metadata.state_dict_metadata.items():
+        if type(entry) is not TensorStorageMetadata:
+            raise ConfigError(f"{name} is not a tensor")
+    for info in metadata.storage_data.values():
+        if not is_plain_name(info.relative_path):
+            raise ConfigError(f"it names the file {info.relative_path}")
+        if info.transform_descriptors:
+            raise ConfigError(f"{info.relative_path} is encoded by {info.transform_descriptors}")
+    return metadata
+
+
 class SafeReader(dcp.FileSystemReader):
     """DCP's reader of a checkpoint folder, but it runs no code from it. ConfigError if the metadata is not what DCP
     writes for tensors, or if it names a file outside of the folder."""
 
-    def __init__(self, folder: str):
-        super().__init__(folder)
-        self.folder, self.metadata = folder, None
+    metadata: Metadata | None = None  # read once, however many loads follow
 
     def read_metadata(self, *_, **__) -> Metadata:
-        if self.metadata is None:  # The file is read once, however many loads follow.
-            path = os.path.join(self.folder, METADATA)
-            try:
-                with open(path, "rb") as file:
-                    self.metadata = _Unpickler(file).load()
-                self._require_only_tensors()
-            except OSError as error:
-                raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
-            except Exception as error:  # A damaged pickle can raise anything.
-                raise ConfigError(f"{path} is not what torch writes for tensors: {error}; it was not loaded.") from None
+        path = os.path.join(self.path, METADATA)
+        try:
+            self.metadata = self.metadata or _load_metadata(path)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}.") from None
+        except Exception as error:  # A damaged pickle can raise anything.
+            raise ConfigError(f"{path} is not what torch writes for tensors: {error}; it was not loaded.") from None
         return self.metadata
-
-    def _require_only_tensors(self) -> None:
-        metadata = self.metadata
-        if type(metadata) is not Metadata:
-            raise ConfigError("it is not of the class Metadata")
-        for name, entry in metadata.state_dict_metadata.items():
-            if type(entry) is not TensorStorageMetadata:
-                raise ConfigError(f"{name} is not a tensor")
-        for info in metadata.storage_data.values():
-            if not is_plain_name(info.relative_path):
-                raise ConfigError(f"it names the file {info.relative_path}")
-            if info.transform_descriptors:
-                raise ConfigError(f"{info.relative_path} is encoded by {info.transform_descriptors}")

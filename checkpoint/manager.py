@@ -15,16 +15,16 @@ tests/test_train.py::test_resume_is_exact_on_the_same_layout.
 """
 
 import os
-import re
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import KW_ONLY, dataclass
 
 import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint.integrity import SafeReader, find_damage
 from checkpoint.state import ModelState, TrainState, read_state
-from checkpoint.writer import PARTIAL, SaveFailed, Staging, free_name, write_checkpoint
+from checkpoint.writer import PARTIAL, SUPERSEDED, SaveFailed, Staging, set_aside, write_checkpoint
 from collectives import gather_objects, on_rank0
 from errors import ConfigError
 from hf import load_hf
@@ -35,48 +35,41 @@ IGNORED_ON_RESUME = ("init_std", "expert_bias_speed", "balance_loss_weight", "mt
 # A new run from initial_load_path may also change what no weight depends on.
 IGNORED_ON_INIT = (*IGNORED_ON_RESUME, "max_seq_len", "rope_")
 # With exclude_from_loading it may also have other tensors. The shapes of those that it loads are still compared.
-SIZES = ("vocab_size", "n_layers", "n_dense_layers", "n_mtp_layers", "tie_embeddings")
-IGNORED_WITH_EXCLUDE = (*IGNORED_ON_INIT, *SIZES)
+IGNORED_WITH_EXCLUDE = (*IGNORED_ON_INIT, "vocab_size", "n_layers", "n_dense_layers", "n_mtp_layers", "tie_embeddings")
 CORRUPT = "corrupt-"
 
 
+@dataclass
 class CheckpointManager:
-    """Saves and loads one run's checkpoints. Every method but `wait_for_staging` is a collective.
+    """Saves and loads one run's checkpoints. The keywords are the options of [checkpoint]; config.py explains them.
+    Every method but `wait_for_staging` is a collective.
 
     saved_step     step of the newest checkpoint that is complete; None before the first save
     failed_saves   number of failed saves; the run continues after each, and the next interval tries again
     """
 
-    def __init__(
-        self,
-        dump_folder: str,
-        model_state: ModelState,
-        *,
-        enable: bool,
-        folder: str,
-        interval: int,
-        async_mode: str,
-        keep_latest_k: int,
-        keep_every: int,
-        load_step: int,
-        initial_load_path: str,
-        initial_load_in_hf: bool,
-        exclude_from_loading: list[str],
-    ):
-        """The keywords are the options of [checkpoint]; config.py explains them."""
-        self.folder, self.model_state = os.path.join(dump_folder, folder), model_state
-        self.enable, self.interval = enable, interval
-        self.keep_latest_k, self.keep_every = keep_latest_k, keep_every
-        self.load_step, self.initial_load_path = load_step, initial_load_path
-        self.initial_load_in_hf, self.exclude_from_loading = initial_load_in_hf, exclude_from_loading
+    dump_folder: str
+    model_state: ModelState
+    _: KW_ONLY
+    enable: bool
+    folder: str
+    interval: int
+    async_mode: str
+    keep_latest_k: int
+    keep_every: int
+    load_step: int
+    initial_load_path: str
+    initial_load_in_hf: bool
+    exclude_from_loading: list[str]
+
+    def __post_init__(self):
+        self.folder = os.path.join(self.dump_folder, self.folder)
         self.saved_step, self.failed_saves, self.is_run_complete = None, 0, False
-        self.group = self.staging = self.thread = None
-        self.pending: Future | None = None
-        if enable:
-            # The thread's collectives must not mix with those of training, so they have a group to themselves.
-            self.group = dist.new_group(backend="gloo")
-        if enable and async_mode != "disabled":
-            self.staging = Staging(pinned=async_mode == "async_with_pinned_mem")
+        self.staging = self.thread = self.pending = None
+        # The thread's collectives must not mix with those of training, so they have a group to themselves.
+        self.group = dist.new_group(backend="gloo") if self.enable else None
+        if self.enable and self.async_mode != "disabled":
+            self.staging = Staging(pinned=self.async_mode == "async_with_pinned_mem")
             self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     # --------------------------------------------------------------------------------------------- save
@@ -93,18 +86,11 @@ class CheckpointManager:
         if state.step == self.saved_step:
             return
         tensors = self.model_state.tensors()
-        # weights_only: an earlier version could leave the optimizer's state out.
-        numbers = dict(vars(state), weights_only=False, model_args=dict(vars(self.model_state.model_args)))
+        numbers = dict(vars(state), model_args=dict(vars(self.model_state.model_args)))
         if self.staging is None:
-            self._write(tensors, numbers)
-            return
-        copies, wait_until_copied = self.staging.copy(tensors)
-
-        def write() -> None:
-            wait_until_copied()
-            self._write(copies, numbers)
-
-        self.pending = self.thread.submit(write)
+            self._write(numbers, tensors)
+        else:
+            self.pending = self.thread.submit(self._write, numbers, *self.staging.copy(tensors))
 
     def wait_for_staging(self) -> None:
         """Call this before the optimizer's step: the weights must not change while they are copied."""
@@ -113,9 +99,9 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Waits for the pending save, if there is one."""
-        pending, self.pending = self.pending, None
-        if pending is not None:
-            pending.result()
+        if self.pending is not None:
+            self.pending.result()
+            self.pending = None
 
     def finish(self, state: TrainState) -> bool | None:
         """Ends saving and returns whether the run's last step is on the disk; None if checkpoints are disabled. Saves a
@@ -125,11 +111,10 @@ class CheckpointManager:
         if not self.is_run_complete:
             self.save(state)
         self.wait()
-        if self.thread is not None:
-            self.thread.shutdown()
         return self.saved_step == state.step
 
-    def _write(self, tensors: dict[str, Tensor], numbers: dict) -> None:
+    def _write(self, numbers: dict, tensors: dict[str, Tensor], wait_until_copied=lambda: None) -> None:
+        wait_until_copied()
         step = numbers["step"]
         try:
             write_checkpoint(self.folder, f"step-{step}", tensors, numbers, self.group)
@@ -142,18 +127,15 @@ class CheckpointManager:
             return
         self.saved_step = step
         _log(f"saved {self._path(step)}")
-        if dist.get_rank() == 0:
+        if dist.get_rank() == 0 and self.keep_latest_k > 0:
             self._delete_old()
 
     def _delete_old(self) -> None:
-        old = self._steps()[: -self.keep_latest_k] if self.keep_latest_k > 0 else []
         try:
-            for step in old:
+            for step in self._steps()[: -self.keep_latest_k]:
                 if self.keep_every == 0 or step % self.keep_every:
                     # Renamed first: a folder that is half deleted must not look like a checkpoint.
-                    aside = free_name(self.folder, f"{PARTIAL}deleted-{step}")
-                    os.rename(self._path(step), aside)
-                    shutil.rmtree(aside)
+                    shutil.rmtree(set_aside(self._path(step), PARTIAL))
         except OSError as error:
             print(f"WARNING: cannot delete {error.filename}: {error.strerror}.", flush=True)
 
@@ -162,17 +144,13 @@ class CheckpointManager:
     def load(self, state: TrainState) -> None:
         """Resumes from load_step or, if that is -1, from the newest intact checkpoint, and sets the numbers of `state`.
         If there is no checkpoint, loads the weights of initial_load_path, if given, and `state` stays as it is.
-
         ConfigError if load_step is missing or damaged, if all checkpoints are damaged, or if a checkpoint is of another
-        model. The run never starts anew instead.
-        """
+        model: the run never starts anew instead."""
         step = self._step_to_resume() if self.enable else None
-        if step is not None:
-            self._resume(step, state)
-        elif self.initial_load_path:
-            self._load_initial_weights(self.initial_load_path)
-
-    def _resume(self, step: int, state: TrainState) -> None:
+        if step is None:
+            if self.initial_load_path:
+                self._load_initial_weights(self.initial_load_path)
+            return
         path = self._path(step)
         saved = read_state(path)
         if saved.get("weights_only"):
@@ -182,8 +160,9 @@ class CheckpointManager:
                 "--checkpoint.initial_load_path."
             )
         self.model_state.load(SafeReader(path), ignored_args=IGNORED_ON_RESUME, group=self.group)
-        newer = [other for other in on_rank0(self._steps, self.group) if other > step]
-        self._set_aside(newer, "superseded-", "is newer")
+        for other in on_rank0(self._steps, self.group):
+            if other > step:
+                self._set_aside(other, SUPERSEDED, "is newer")
         self.saved_step = state.step = step
         state.tokens_seen, state.samples_consumed = saved["tokens_seen"], saved["samples_consumed"]
         _log(f"resumed at step {step} ({state.tokens_seen:,} tokens seen)")
@@ -205,8 +184,8 @@ class CheckpointManager:
             damage = self._damage(self._path(step))
             if damage is None:
                 return step
-            self._set_aside([step], CORRUPT, f"is not used, {damage}")
-        corrupt = on_rank0(lambda: sorted(name for name in self._names() if name.startswith(CORRUPT)), self.group)
+            self._set_aside(step, CORRUPT, f"is not used, {damage}")
+        corrupt = on_rank0(lambda: self._names(CORRUPT), self.group)
         if corrupt:
             raise ConfigError(
                 f"{self.folder} has no intact checkpoint, but damaged ones: {', '.join(corrupt)}; to begin from step "
@@ -214,72 +193,60 @@ class CheckpointManager:
             )
         return None
 
-    def _damage(self, path: str) -> str | None:
-        """Returns why a checkpoint cannot be used, as found by any rank. Each rank hashes some of the files."""
-        damage = find_damage(path, dist.get_rank(), dist.get_world_size())
-        found = [damage for damage in gather_objects(damage, self.group) if damage]
-        return found[0] if found else on_rank0(lambda: _why_unreadable(path), self.group)
-
-    def _set_aside(self, steps: list[int], prefix: str, why: str) -> None:
-        """Renames checkpoints so that no later start resumes from them. They are never deleted."""
-
-        def rename() -> None:
-            for step in steps:
-                aside = free_name(self.folder, f"{prefix}step-{step}")
-                os.rename(self._path(step), aside)
-                print(f"warning: checkpoint of step {step} {why}; it was renamed {aside}", flush=True)
-
-        on_rank0(rename, self.group)
-
-    def _remove_partial(self) -> None:
-        for name in self._names():
-            if name.startswith(PARTIAL):
-                print(f"removing {os.path.join(self.folder, name)}, whose run ended while it was written", flush=True)
-                shutil.rmtree(os.path.join(self.folder, name))
-
     def _load_initial_weights(self, path: str) -> None:
-        tensors = {name.removeprefix("model."): t for name, t in self.model_state.model_tensors().items()}
+        tensors = self.model_state.model_tensors()
         # A pipeline stage has only some of the names.
         names = {name for names in gather_objects(list(tensors), self.group) for name in names}
         for prefix in self.exclude_from_loading:
-            if not any(f"{name}.".startswith(f"{prefix}.") for name in names):
+            if not any(f"{name}.".startswith(f"model.{prefix}.") for name in names):
                 raise ConfigError(
                     f'checkpoint.exclude_from_loading: the model has no parameter that is, or begins with, "{prefix}"; '
                     "parameters have names such as layers.0.attention.wq.weight."
                 )
-        excluded = tuple(f"{prefix}." for prefix in self.exclude_from_loading)
+        excluded = tuple(f"model.{prefix}." for prefix in self.exclude_from_loading)
         tensors = {name: tensor for name, tensor in tensors.items() if not f"{name}.".startswith(excluded)}
         if self.initial_load_in_hf:
+            tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
             load_hf(path, tensors, self.model_state.model_args)
             return
         damage = self._damage(path)
         if damage:
             raise ConfigError(f"{path} is not a complete checkpoint: {damage}.")
-        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
         ignored = IGNORED_WITH_EXCLUDE if excluded else IGNORED_ON_INIT
         self.model_state.load_tensors(SafeReader(path), tensors, ignored_args=ignored, may_cast=True, group=self.group)
 
-    # --------------------------------------------------------------------------------------------- names
+    def _damage(self, path: str) -> str | None:
+        """Returns why a checkpoint cannot be used, as found by any rank. Each rank hashes some of the files."""
+        damage = find_damage(path, dist.get_rank(), dist.get_world_size())
+        found = [damage for damage in gather_objects(damage, self.group) if damage]
+        if found:
+            return found[0]
+        try:  # Files that are as they were written may still be no checkpoint.
+            on_rank0(lambda: bool(SafeReader(path).read_metadata() and read_state(path)), self.group)
+        except ConfigError as error:
+            return str(error).rstrip(".")
+        return None
 
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"step-{step}")
 
-    def _names(self) -> list[str]:
-        return os.listdir(self.folder) if os.path.isdir(self.folder) else []
+    def _names(self, prefix: str) -> list[str]:
+        names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
+        return sorted(name for name in names if name.startswith(prefix))
 
     def _steps(self) -> list[int]:
-        """The steps of the checkpoints in the folder, ascending."""
-        return sorted(int(m[1]) for m in (re.fullmatch(r"step-(\d+)", name) for name in self._names()) if m)
+        return sorted(int(name[5:]) for name in self._names("step-") if name[5:].isdecimal())
 
+    def _set_aside(self, step: int, prefix: str, why: str) -> None:
+        """Renames a checkpoint, so that no later start resumes from it. It is never deleted."""
+        aside = on_rank0(lambda: set_aside(self._path(step), prefix), self.group)
+        _log(f"warning: checkpoint of step {step} {why}; it was renamed {aside}")
 
-def _why_unreadable(path: str) -> str | None:
-    """Returns why a folder whose files are as they were written is still not a checkpoint, or None."""
-    try:
-        SafeReader(path).read_metadata()
-        read_state(path)
-    except ConfigError as error:
-        return str(error).rstrip(".")
-    return None
+    def _remove_partial(self) -> None:
+        for name in self._names(PARTIAL):
+            path = os.path.join(self.folder, name)
+            print(f"removing {path}, whose run ended while it was written", flush=True)
+            shutil.rmtree(path)
 
 
 def _log(line: str) -> None:

@@ -22,30 +22,20 @@ from parallelize.float8 import as_plain
 
 # Names of ModelArgs in the first format of state.json -> names of today, which are those of papers and other projects.
 RENAMED_ARGS = {
-    "ffn_dim": "hidden_dim",
-    "moe_ffn_dim": "moe_hidden_dim",
-    "n_experts_per_token": "top_k",
-    "n_limited_groups": "topk_group",
-    "n_group_top": "n_group_topk",
-    "score_scale": "route_scale",
+    "ffn_dim": "hidden_dim", "moe_ffn_dim": "moe_hidden_dim", "n_experts_per_token": "top_k",
+    "n_limited_groups": "topk_group", "n_group_top": "n_group_topk", "score_scale": "route_scale",
     "normalize_scores": "route_norm",
-}
+}  # fmt: skip
 
 
 @dataclass
 class TrainState:
-    """The progress of a run, in numbers.
+    """The progress of a run, in numbers."""
 
-    step               optimizer steps done, skipped steps included
-    tokens_seen        tokens of these steps, over all ranks
-    samples_consumed   sequences of these steps, over all ranks: the position in the data
-    data_fingerprint   text that identifies the order of the samples: data, tokenizer, seed, seq_len, packing
-    """
-
-    step: int = 0
-    tokens_seen: int = 0
-    samples_consumed: int = 0
-    data_fingerprint: str = ""
+    step: int = 0  # optimizer steps done, skipped steps included
+    tokens_seen: int = 0  # tokens of these steps, over all ranks
+    samples_consumed: int = 0  # sequences of these steps, over all ranks: the position in the data
+    data_fingerprint: str = ""  # identifies the order of the samples: data, tokenizer, seed, seq_len, packing
 
     def advance(self, *, sequences: int, tokens: int) -> None:
         """Counts one step of so many sequences and tokens, over all ranks."""
@@ -56,14 +46,10 @@ class TrainState:
 
 @dataclass
 class ModelState:
-    """The tensors of a run, on this rank.
+    """The tensors of a run, on this rank."""
 
-    parameters   by name; a pipeline stage has only some of them, and a tied weight counts once
-    buffers      by name: what is learned without a gradient, such as the expert biases
-    """
-
-    parameters: dict[str, nn.Parameter]
-    buffers: dict[str, Tensor]
+    parameters: dict[str, nn.Parameter]  # a pipeline stage has only some of them, and a tied weight counts once
+    buffers: dict[str, Tensor]  # what is learned without a gradient, such as the expert biases
     optimizer: torch.optim.Optimizer
     model_args: ModelArgs
 
@@ -83,22 +69,29 @@ class ModelState:
 
     def load(self, reader: SafeReader, *, ignored_args: tuple[str, ...], group) -> None:
         """Fills model and optimizer from a checkpoint. Conditions and errors: `load_tensors`."""
-        stored = reader.read_metadata().state_dict_metadata
-        names = {parameter: name for name, parameter in self.parameters.items()}
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        prefixes = [f"optimizer.{names[parameter]}." for parameter in parameters]
-        states = [_empty_state(stored, *each) for each in zip(prefixes, parameters, strict=True)]
-        tensors = {prefix + key: t for prefix, state in zip(prefixes, states, strict=True) for key, t in state.items()}
+        states = {f"optimizer.{name}": {} for name in self.parameters}
+        for name, stored in reader.read_metadata().state_dict_metadata.items():
+            prefix, _, key = name.rpartition(".")
+            if prefix in states:
+                # Empty tensors, to be filled. A moment has the parameter's layout.
+                parameter = self.parameters[prefix.removeprefix("optimizer.")]
+                like = as_plain(parameter) if stored.size == parameter.shape else torch.empty(stored.size)
+                states[prefix][key] = torch.empty_like(like, dtype=stored.properties.dtype)
+        tensors = {f"{prefix}.{key}": t for prefix, state in states.items() for key, t in state.items()}
         self.load_tensors(reader, self.model_tensors() | tensors, ignored_args=ignored_args, group=group)
         # Not by assignment: load_state_dict moves scalars to the device where the fused kernel needs them.
-        param_groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": param_groups})
+        names = {parameter: name for name, parameter in self.parameters.items()}
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        state = {i: states[f"optimizer.{names[parameter]}"] for i, parameter in enumerate(ordered)}
+        self.optimizer.load_state_dict(dict(self.optimizer.state_dict(), state=state))
+        lost = [names[p] for i, p in enumerate(ordered) if state[i] and not self.optimizer.state.get(p)]
+        assert not lost, f"the optimizer's load_state_dict did not take the state of {lost[0]}"
 
     def load_tensors(self, reader: SafeReader, tensors: dict, *, ignored_args, group, may_cast: bool = False) -> None:
         """Fills tensors (by name) in place from a checkpoint. A collective. ConfigError, before anything is read, if a
         model argument differs that does not begin with one of ignored_args, if a tensor is missing or has another
         shape, and, unless may_cast, if it has another dtype."""
-        path, stored, ours = reader.folder, reader.read_metadata().state_dict_metadata, vars(self.model_args)
+        path, stored, ours = reader.path, reader.read_metadata().state_dict_metadata, vars(self.model_args)
         differ = [
             f"{name} is {value} there, {ours.get(name)} here"
             for name, value in read_state(path)["model_args"].items()
@@ -118,17 +111,6 @@ class ModelState:
                     "set training.dtype to the dtype that the checkpoint was trained in."
                 )
         dcp.load(tensors, storage_reader=reader, process_group=group)
-
-
-def _empty_state(stored: dict, prefix: str, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Empty tensors for one parameter's optimizer state, as stored. Tensors of the parameter's shape get its layout."""
-    state = {}
-    for name, meta in stored.items():
-        if name.startswith(prefix):
-            like, dtype = meta.size == parameter.shape, meta.properties.dtype
-            empty = torch.empty_like(as_plain(parameter), dtype=dtype) if like else torch.empty(meta.size, dtype=dtype)
-            state[name.removeprefix(prefix)] = empty
-    return state
 
 
 def read_state(path: str) -> dict[str, Any]:

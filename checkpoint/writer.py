@@ -15,7 +15,7 @@ tests/test_saves.py::test_asynchronous_save_holds_the_weights_of_its_step.
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,15 +23,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from checkpoint.integrity import METADATA, STATE, digest, write_manifest
+from checkpoint.integrity import MANIFEST, METADATA, STATE, digest
 from collectives import gather_objects, local_tensor
 from files import write_json
 from torch_private import dtensor_with
 
-PARTIAL = "incomplete-"
-T = TypeVar("T")
-
-# --------------------------------------------------------------------------------------------- copy
+PARTIAL, SUPERSEDED = "incomplete-", "superseded-"
 
 
 class Staging:
@@ -44,41 +41,33 @@ class Staging:
     """
 
     def __init__(self, pinned: bool):
-        self.pinned, self.memory = pinned, {}
+        self.pinned, self.memory, self.copied = pinned, {}, None
         self.stream = torch.cuda.Stream() if pinned else None
-        self.copied = None
 
     def copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Callable[[], None]]:
         """Returns the copies, and a function that blocks until they are complete."""
-        self.memory = {name: buffer for name, buffer in self.memory.items() if name in tensors}
         if self.stream is None:
             return {name: self._copy(name, tensor) for name, tensor in tensors.items()}, lambda: None
         self.stream.wait_stream(torch.cuda.current_stream())  # The last optimizer step may still be running.
         with torch.cuda.stream(self.stream):
             copies = {name: self._copy(name, tensor) for name, tensor in tensors.items()}
-            copied = self.copied = torch.cuda.Event()
-            copied.record()
-        return copies, copied.synchronize
+        self.copied = self.stream.record_event()
+        return copies, self.copied.synchronize
 
     def wait(self) -> None:
         """Makes all later kernels of the current stream wait for the copy. The CPU does not wait."""
         if self.copied is not None:
             torch.cuda.current_stream().wait_event(self.copied)
-            self.copied = None
 
     def _copy(self, name: str, tensor: Tensor) -> Tensor:
         local = local_tensor(tensor.detach())
-        buffer = self.memory.get(name)
-        if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+        if name not in self.memory:
             pin = self.pinned and local.device.type == "cuda"
-            buffer = self.memory[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
-        buffer.copy_(local, non_blocking=self.pinned)
+            self.memory[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=pin)
+        buffer = self.memory[name].copy_(local, non_blocking=self.pinned)
         if self.stream is not None and local.device.type == "cuda":
             local.record_stream(self.stream)  # A temporary tensor must live until it is copied.
         return dtensor_with(buffer, tensor) if isinstance(tensor, DTensor) else buffer
-
-
-# --------------------------------------------------------------------------------------------- prepare, write, commit
 
 
 class SaveFailed(Exception):
@@ -91,7 +80,9 @@ def write_checkpoint(folder: str, name: str, tensors: dict[str, Tensor], state: 
     partial, final = os.path.join(folder, PARTIAL + name), os.path.join(folder, name)
     is_first = dist.get_rank(group) == 0
     try:
-        all_or_fail(lambda: _prepare(partial, _bytes_of(tensors, group), is_first), group)
+        needed = sum(local_tensor(tensor).nbytes for tensor in tensors.values() if _is_first_replica(tensor))
+        needed = sum(gather_objects(needed, group))
+        all_or_fail(lambda: _prepare(partial, needed) if is_first else None, group)
         entries = all_or_fail(lambda: _write_tensors(partial, tensors, group), group)
         all_or_fail(lambda: _commit(partial, final, state, entries) if is_first else None, group)
     except SaveFailed:
@@ -100,49 +91,40 @@ def write_checkpoint(folder: str, name: str, tensors: dict[str, Tensor], state: 
         raise
 
 
-def all_or_fail(do: Callable[[], T], group) -> list[T]:
+def all_or_fail(do: Callable[[], Any], group) -> list[Any]:
     """Calls `do` on every rank and returns the results of all ranks; SaveFailed on all ranks if it failed on any."""
-    failure = value = None
+    errors, value = {}, None
     try:
         value = do()
-    except dcp.CheckpointException as failures:  # DCP raises it on all ranks, with the errors of some.
-        failure = "; ".join(f"rank {rank}: {_one_line(error)}" for rank, (error, _) in failures.failures.items())
+    except dcp.CheckpointException as failure:  # DCP raises it on all ranks, with the errors of some.
+        errors = {rank: error for rank, (error, _) in failure.failures.items()}
     except Exception as error:
-        failure = f"rank {dist.get_rank()}: {_one_line(error)}"
-    failures, values = zip(*gather_objects((failure, value), group), strict=True)
-    distinct = list(dict.fromkeys(filter(None, failures)))
-    if distinct:
-        more = f"; and {len(distinct) - 3} more" if len(distinct) > 3 else ""
-        raise SaveFailed("; ".join(distinct[:3]) + more)
+        errors = {dist.get_rank(): error}
+    # Cut to 200 characters, because torch's errors carry C++ stacks.
+    texts = [f"rank {r}: {type(e).__name__}: {' '.join(str(e).split())[:200]}" for r, e in errors.items()]
+    texts_by_rank, values = zip(*gather_objects((texts, value), group), strict=True)
+    failures = list(dict.fromkeys(text for texts in texts_by_rank for text in texts))
+    if failures:
+        more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
+        raise SaveFailed("; ".join(failures[:3]) + more)
     return list(values)
 
 
-def _one_line(error: BaseException) -> str:
-    """Class and text of an error, cut to 200 characters: torch's errors carry C++ stacks."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _is_first_replica(tensor: Tensor) -> bool:
+    """Whether this rank writes its shard of a tensor; the other replicas of the shard are not written."""
+    if not isinstance(tensor, DTensor):
+        return True
+    axes = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
+    return not any(coordinate for placement, coordinate in axes if placement.is_replicate())
 
 
-def _bytes_of(tensors: dict[str, Tensor], group) -> int:
-    """Returns the bytes that all ranks together will write. Of the replicas of a shard only the first is written."""
-    total = 0
-    for tensor in tensors.values():
-        replica = 0
-        if isinstance(tensor, DTensor):
-            coordinates = zip(tensor.placements, tensor.device_mesh.get_coordinate(), strict=True)
-            replica = sum(coordinate for placement, coordinate in coordinates if placement.is_replicate())
-        if replica == 0:
-            total += local_tensor(tensor).nbytes
-    return sum(gather_objects(total, group))
-
-
-def _prepare(partial: str, needed: int, is_first: bool) -> None:
-    if not is_first:
-        return
-    os.makedirs(os.path.dirname(partial), exist_ok=True)
+def _prepare(partial: str, needed: int) -> None:
+    parent = os.path.dirname(partial)
+    os.makedirs(parent, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)  # An earlier run may have been killed during this very save.
-    free = shutil.disk_usage(os.path.dirname(partial)).free
+    free = shutil.disk_usage(parent).free
     if needed > free:
-        raise OSError(f"{needed:,} bytes are needed, {free:,} are free in {os.path.dirname(partial)}")
+        raise OSError(f"{needed:,} bytes are needed, {free:,} are free in {parent}")
     os.mkdir(partial)
 
 
@@ -163,10 +145,10 @@ def _commit(partial: str, final: str, state: dict[str, Any], entries_by_rank: li
         if not os.path.isfile(path) or os.path.getsize(path) != entry["bytes"]:
             raise OSError(f"rank 0 does not see {path} as it was written; all machines must share that folder")
     entries[STATE] = digest(os.path.join(partial, STATE))
-    write_manifest(partial, entries)
+    write_json(os.path.join(partial, MANIFEST), dict(files=dict(sorted(entries.items()))))
     _sync_folder(partial)
     if os.path.exists(final):  # The run went back to an earlier step and has now come here again.
-        os.rename(final, free_name(os.path.dirname(final), f"superseded-{os.path.basename(final)}"))
+        set_aside(final, SUPERSEDED)
     os.rename(partial, final)
     _sync_folder(os.path.dirname(final))
 
@@ -180,10 +162,12 @@ def _sync_folder(folder: str) -> None:
         os.close(descriptor)
 
 
-def free_name(folder: str, name: str) -> str:
-    """Returns a path in folder that does not exist yet: name, or name-2, name-3 and so on."""
-    path, number = os.path.join(folder, name), 2
-    while os.path.exists(path):
-        path = os.path.join(folder, f"{name}-{number}")
+def set_aside(path: str, prefix: str) -> str:
+    """Renames a folder to prefix + its name or, if that exists, with -2, -3 and so on behind it; returns its path."""
+    parent, name = os.path.split(path)
+    aside, number = os.path.join(parent, prefix + name), 2
+    while os.path.exists(aside):
+        aside = os.path.join(parent, f"{prefix}{name}-{number}")
         number += 1
-    return path
+    os.rename(path, aside)
+    return aside

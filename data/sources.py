@@ -207,7 +207,8 @@ def build_source(dataset: str, path: str, text_key: str = "text") -> FileSource:
             )
         # Some versions hold a few files outside of test/ that are undecodable on purpose.
         return FileSource(root, files, text_key=text_key, skip_unreadable=True)
-    assert dataset == "text", dataset
+    if dataset != "text":
+        raise ConfigError(f'data.dataset "{dataset}" has no source; add one to build_source in data/sources.py.')
     if not path:
         raise ConfigError(
             'dataset "text" needs data.path: a file, a folder or a glob of text, .jsonl or .parquet files.'

@@ -7,14 +7,30 @@
 To add a family, add an entry to FAMILIES; it may reuse the maps below. No other file names an architecture.
 """
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hf.config_file import ConfigFile
+from errors import ConfigError
+from files import read_json
 from model.args import ModelArgs
 
-REQUIRED = None  # the default of a field that a folder must have
+
+class ConfigFile(dict):
+    """The fields of a folder's config.json. A field that is null counts as absent."""
+
+    def __init__(self, folder: str):
+        self.path = os.path.join(folder, "config.json")
+        super().__init__((name, value) for name, value in read_json(self.path).items() if value is not None)
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Raises ConfigError for a value other than those in `allowed`. An absent field has the first of them."""
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            known = " or ".join(json.dumps(choice) for choice in allowed)
+            raise ConfigError(f"{self.path}: {name} is {json.dumps(value)}; only {known} is supported.")
 
 
 @dataclass(frozen=True)
@@ -23,64 +39,45 @@ class Family:
 
     architecture: str
     model_type: str
-    computes: Callable[[ModelArgs], bool]  # whether the architecture computes the model of these args
+    computes: dict[str, tuple]  # field of ModelArgs -> values that it has here; None where the field has no effect
 
-    # config.json. Another value than in `fixed` or `allowed` is refused. `fixed` is also written.
-    fields: dict[str, tuple[str, Any]]  # scalar field of config.json -> (ModelArgs field, value if absent)
-    fixed: dict[str, Any]  # field -> its only value
-    allowed: dict[str, tuple]  # field -> its possible values; an absent field means the first
+    # config.json
+    fields: dict[str, tuple[str, Any]]  # its scalar field -> (ModelArgs field, value if absent)
+    allowed: dict[str, tuple]  # its field -> the values that our model computes; an absent field means the first
     args: dict[str, Any]  # what the architecture fixes in ModelArgs
     read: Callable[[ConfigFile, dict[str, Any]], dict[str, Any]]  # (config, ModelArgs so far) -> more ModelArgs
-    write: Callable[[ModelArgs], dict[str, Any]]  # more fields of config.json
+    write: Callable[[ModelArgs], dict[str, Any]]  # more of its fields
 
-    # Tensors. `names` maps the modules of our block to theirs. Other tensors than weights have full names there.
-    # {expert} stands for an expert's number: one matrix per expert there, one tensor for all of them here. `mtp` is the
-    # same map for the modules of an MTP layer outside of its block. `mtp_copies` maps a tensor that each MTP layer
-    # repeats to ours.
+    # Tensors. `names` maps the modules of our block, and of our MTP layer, to theirs. Other tensors than weights have
+    # full names there. {expert} stands for an expert's number: they have one matrix per expert, we have one tensor.
     names: dict[str, str]
-    head_rows: Callable[[ModelArgs], dict[str, int]]  # module whose output RoPE rotates -> rows of one head
-    # Whether RoPE rotates channels i and i + d/2 together (rotate_half), or, as ours does, channels 2i and 2i + 1.
-    rotate_half: Callable[[ConfigFile | dict[str, Any]], bool]
-    mtp: dict[str, str] = field(default_factory=dict)
-    mtp_copies: dict[str, str] = field(default_factory=dict)
-    float32: tuple[str, ...] = ()  # our tensors of a block that an export in any dtype keeps in float32
-
-    def read_field(self, config: ConfigFile, name: str) -> Any:
-        return config.need(name, default=self.fields[name][1])
+    # Module whose rows RoPE rotates in the order of rotate_half -> rows of one head. rotate_half rotates channels i and
+    # i + d/2 together; our RoPE, and interleaved RoPE there, channels 2i and 2i + 1.
+    rotate_half: Callable[[ModelArgs, dict[str, Any]], dict[str, int]]
+    mtp_copies: dict[str, str] = field(default_factory=dict)  # tensor that each MTP layer repeats -> ours
 
 
 # -------------------------------------------------------------------------------------------- pieces of maps
 
+REQUIRED = None  # the default of a field that a folder must have
 FIELDS = {
-    "hidden_size": ("dim", REQUIRED),
-    "num_hidden_layers": ("n_layers", REQUIRED),
-    "num_attention_heads": ("n_heads", REQUIRED),
-    "intermediate_size": ("hidden_dim", REQUIRED),
-    "vocab_size": ("vocab_size", REQUIRED),
-    "max_position_embeddings": ("max_seq_len", REQUIRED),
-    "rms_norm_eps": ("norm_eps", REQUIRED),
-    "tie_word_embeddings": ("tie_embeddings", False),
+    "hidden_size": ("dim", REQUIRED),              "num_hidden_layers": ("n_layers", REQUIRED),
+    "num_attention_heads": ("n_heads", REQUIRED),  "intermediate_size": ("hidden_dim", REQUIRED),
+    "vocab_size": ("vocab_size", REQUIRED),        "max_position_embeddings": ("max_seq_len", REQUIRED),
+    "rms_norm_eps": ("norm_eps", REQUIRED),        "tie_word_embeddings": ("tie_embeddings", False),
     "initializer_range": ("init_std", 0.02),
-}
-MLA_FIELDS = {
-    "q_lora_rank": ("q_lora_rank", 0),
-    "kv_lora_rank": ("kv_lora_rank", REQUIRED),
-    "qk_nope_head_dim": ("qk_nope_head_dim", REQUIRED),
-    "qk_rope_head_dim": ("qk_rope_head_dim", REQUIRED),
-    "v_head_dim": ("v_head_dim", REQUIRED),
-}
+}  # fmt: skip
+MLA_FIELDS = {"q_lora_rank": ("q_lora_rank", 0)}
+MLA_FIELDS |= {n: (n, REQUIRED) for n in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")}
 MOE_FIELDS = {
-    "n_routed_experts": ("n_experts", 0),
-    "num_experts_per_tok": ("top_k", 0),
-    "n_shared_experts": ("n_shared_experts", 0),
-    "moe_intermediate_size": ("moe_hidden_dim", 0),
-    "first_k_dense_replace": ("n_dense_layers", 0),
-    "n_group": ("n_expert_groups", 1),
-    "topk_group": ("topk_group", 1),
-    "norm_topk_prob": ("route_norm", False),
+    "n_routed_experts": ("n_experts", 0),            "num_experts_per_tok": ("top_k", 0),
+    "n_shared_experts": ("n_shared_experts", 0),     "moe_intermediate_size": ("moe_hidden_dim", 0),
+    "first_k_dense_replace": ("n_dense_layers", 0),  "n_group": ("n_expert_groups", 1),
+    "topk_group": ("topk_group", 1),                 "norm_topk_prob": ("route_norm", False),
     "routed_scaling_factor": ("route_scale", 1.0),
-}
+}  # fmt: skip
 MTP_FIELDS = {"num_nextn_predict_layers": ("n_mtp_layers", 0)}
+ALLOWED = dict(hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), pretraining_tp=(1,))
 
 TOP_LEVEL = {  # the same in all families
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -88,26 +85,16 @@ TOP_LEVEL = {  # the same in all families
     "output.weight": "lm_head.weight",
 }
 BLOCK = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wo": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-GQA = {
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-}
+    "attention_norm": "input_layernorm",     "attention.wq": "self_attn.q_proj",
+    "ffn_norm": "post_attention_layernorm",  "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+}  # fmt: skip
+GQA = {"attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj"}
 MLA = {
-    "attention.wq_a": "self_attn.q_a_proj",
-    "attention.q_norm": "self_attn.q_a_layernorm",
-    "attention.wq_b": "self_attn.q_b_proj",
-    "attention.wkv_a": "self_attn.kv_a_proj_with_mqa",
-    "attention.kv_norm": "self_attn.kv_a_layernorm",
-    "attention.wkv_b": "self_attn.kv_b_proj",
-}
+    "attention.wq_a": "self_attn.q_a_proj",           "attention.q_norm": "self_attn.q_a_layernorm",
+    "attention.wq_b": "self_attn.q_b_proj",           "attention.wkv_a": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_norm": "self_attn.kv_a_layernorm",  "attention.wkv_b": "self_attn.kv_b_proj",
+}  # fmt: skip
 MOE = {
     "moe.router": "mlp.gate",
     "moe.experts.w1": "mlp.experts.{expert}.gate_proj.weight",
@@ -118,19 +105,12 @@ MOE = {
     "moe.shared_experts.w3": "mlp.shared_experts.up_proj",
 }
 MTP = {"enorm": "enorm", "hnorm": "hnorm", "eh_proj": "eh_proj", "norm": "shared_head.norm"}
-MTP_COPIES = {"embed_tokens.weight": "tok_embeddings.weight", "shared_head.head.weight": "output.weight"}
 
 
-def _gqa_head_rows(args: ModelArgs) -> dict[str, int]:
-    return {"attention.wq": args.head_dim, "attention.wk": args.head_dim}
-
-
-def _mla_head_rows(args: ModelArgs) -> dict[str, int]:
+def _mla_rotate_half(args: ModelArgs, config: dict[str, Any]) -> dict[str, int]:
     latent = args.kv_lora_rank + args.qk_rope_head_dim  # all heads share the rotated channels of the key
-    return {"attention.wq": args.head_dim, "attention.wq_b": args.head_dim, "attention.wkv_a": latent}
-
-
-# -------------------------------------------------------------------------------------- functions of the table
+    rows = {"attention.wq": args.head_dim, "attention.wq_b": args.head_dim, "attention.wkv_a": latent}
+    return {} if config.get("rope_interleave", True) else rows
 
 
 def _read_llama(config: ConfigFile, args: dict[str, Any]) -> dict[str, Any]:
@@ -144,15 +124,13 @@ def _read_v2(config: ConfigFile, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_v3(config: ConfigFile, args: dict[str, Any]) -> dict[str, Any]:
-    num_layers = args["n_layers"] + args.get("n_mtp_layers", 0)
-    is_dense = args["n_experts"] == 0 or args["n_dense_layers"] >= num_layers
+    is_dense = args["n_experts"] == 0 or args["n_dense_layers"] >= args["n_layers"] + args.get("n_mtp_layers", 0)
     dense = dict(n_experts=0, n_dense_layers=0, expert_bias=False)
     return dict(n_kv_heads=args["n_heads"]) | (dense if is_dense else {})
 
 
 def _write_v2(args: ModelArgs) -> dict[str, Any]:
-    has_groups = args.topk_group < args.n_expert_groups
-    method = "group_limited_greedy" if has_groups else "greedy"
+    method = "group_limited_greedy" if args.topk_group < args.n_expert_groups else "greedy"
     return dict(num_key_value_heads=args.n_heads, q_lora_rank=args.q_lora_rank or None, topk_method=method)
 
 
@@ -163,48 +141,37 @@ def _write_v3(args: ModelArgs) -> dict[str, Any]:
     return written | (dense if args.n_experts == 0 else {})
 
 
-def _is_v2(args: ModelArgs) -> bool:
-    scores = args.score_function == "softmax" and not args.route_norm and not args.expert_bias
-    has_v2_router = args.n_experts > 0 and scores and effective_n_group_topk(args) in (1, None)
-    return args.attention == "mla" and has_v2_router and args.n_mtp_layers == 0
-
-
-def _is_v3(args: ModelArgs) -> bool:
-    has_v3_router = args.score_function == "sigmoid" and effective_n_group_topk(args) in (2, None)
-    return args.attention == "mla" and (args.n_experts == 0 or has_v3_router)
-
-
-def effective_n_group_topk(args: ModelArgs) -> int | None:
-    """n_group_topk; None where it has no effect, because there are no experts or no group is left out."""
-    return args.n_group_topk if args.n_experts > 0 and args.topk_group < args.n_expert_groups else None
-
-
 # ------------------------------------------------------------------------------------------------- the table
 
 FAMILIES = (
     Family(
         architecture="LlamaForCausalLM",
         model_type="llama",
-        computes=lambda args: args.attention == "gqa" and args.n_experts == 0 and args.n_mtp_layers == 0,
+        computes=dict(attention=("gqa",), n_experts=(0,), n_mtp_layers=(0,)),
         fields=FIELDS,
-        fixed=dict(hidden_act="silu", attention_bias=False, mlp_bias=False),
-        allowed=dict(pretraining_tp=(1,)),
+        allowed=ALLOWED,
         args=dict(attention="gqa"),
         read=_read_llama,
         write=lambda args: dict(num_key_value_heads=args.n_kv_heads, head_dim=args.head_dim),
         names=BLOCK | GQA,
-        head_rows=_gqa_head_rows,
-        rotate_half=lambda config: True,
+        rotate_half=lambda args, config: {"attention.wq": args.head_dim, "attention.wk": args.head_dim},
     ),
     Family(
         architecture="DeepseekV2ForCausalLM",
         model_type="deepseek_v2",
-        computes=_is_v2,
+        computes=dict(
+            attention=("mla",),
+            score_function=("softmax",),
+            route_norm=(False,),
+            expert_bias=(False,),
+            n_group_topk=(1, None),
+            n_mtp_layers=(0,),
+        ),
         fields=FIELDS | MLA_FIELDS | MOE_FIELDS,
-        fixed=dict(hidden_act="silu", attention_bias=False, moe_layer_freq=1, scoring_func="softmax"),
         allowed=dict(
-            mlp_bias=(False,),
-            pretraining_tp=(1,),
+            ALLOWED,
+            moe_layer_freq=(1,),
+            scoring_func=("softmax",),
             topk_method=("greedy", "group_limited_greedy"),
             norm_topk_prob=(False,),  # implementations disagree on route_scale after it; no published model has it
             num_nextn_predict_layers=(0,),
@@ -213,26 +180,19 @@ FAMILIES = (
         read=_read_v2,
         write=_write_v2,
         names=BLOCK | MLA | MOE,
-        head_rows=_mla_head_rows,
-        rotate_half=lambda config: not config.get("rope_interleave", True),
+        rotate_half=_mla_rotate_half,
     ),
     Family(
         architecture="DeepseekV3ForCausalLM",
         model_type="deepseek_v3",
-        computes=_is_v3,
+        computes=dict(attention=("mla",), score_function=("sigmoid", None), n_group_topk=(2, None)),
         fields=FIELDS | MLA_FIELDS | MOE_FIELDS | MTP_FIELDS,
-        fixed=dict(
-            hidden_act="silu", attention_bias=False, moe_layer_freq=1, scoring_func="sigmoid", topk_method="noaux_tc"
-        ),
-        allowed=dict(mlp_bias=(False,), pretraining_tp=(1,)),
+        allowed=dict(ALLOWED, moe_layer_freq=(1,), scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
         args=dict(attention="mla", score_function="sigmoid", expert_bias=True, n_group_topk=2),
         read=_read_v3,
         write=_write_v3,
-        names=BLOCK | MLA | MOE | {"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"},
-        head_rows=_mla_head_rows,
-        rotate_half=lambda config: not config.get("rope_interleave", True),
-        mtp=MTP,
-        mtp_copies=MTP_COPIES,
-        float32=("moe.router.expert_bias",),
+        names=BLOCK | MLA | MOE | MTP | {"moe.router.expert_bias": "mlp.gate.e_score_correction_bias"},
+        rotate_half=_mla_rotate_half,
+        mtp_copies={"embed_tokens.weight": "tok_embeddings.weight", "shared_head.head.weight": "output.weight"},
     ),
 )

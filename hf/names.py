@@ -8,7 +8,8 @@ differ:
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,54 +25,48 @@ class HFTensor:
 
     names: tuple[str, ...]  # one name, or the names of the experts' matrices by expert number
     is_stacked: bool = False  # ours[e] is the transpose of expert e's matrix
-    head_rows: int = 0  # rows per head
-    rotated_rows: int = 0  # of them the last so many have the order of rotate_half
+    head_rows: int = 0  # rows per head; 0 if all rows have our order
+    rotated_rows: int = 0  # the last rows of each head, which have the order of rotate_half
 
     def shape(self, ours: torch.Size) -> tuple[int, ...]:
-        """Shape of each of `names`, if ours has the shape `ours`."""
+        """Shape of each of `names`, if our tensor has the shape `ours`."""
         return (ours[2], ours[1]) if self.is_stacked else tuple(ours)
 
     def rows(self, num_rows: int) -> Tensor:
         """For each of our rows, the number of the same row there: int64 [num_rows]."""
         rows = torch.arange(num_rows)
-        if self.rotated_rows:
+        if self.head_rows:
             rotated = rows.view(-1, self.head_rows)[:, -self.rotated_rows :]  # a view, so copy_ below changes rows
             # Pair i is at rows 2i and 2i + 1 here, and at rows i and i + half there.
             rotated.copy_(rotated.unflatten(1, (2, -1)).transpose(1, 2).flatten(1).clone())
         return rows
 
 
-def hf_tensor_of(name: str, args: ModelArgs, family: Family, rotate_half: bool) -> HFTensor:
-    """Where our tensor `name` is in a folder of the family. Raises ConfigError if the family has no such tensor."""
+def hf_tensor_of(name: str, args: ModelArgs, family: Family, config: dict[str, Any]) -> HFTensor:
+    """Where our tensor `name` is in a folder of the family, which has this config.json. Raises ConfigError if the
+    family has no such tensor."""
     if name in TOP_LEVEL:
         return HFTensor((TOP_LEVEL[name],))
-    kind, number, rest = re.fullmatch(r"(layers|mtp)\.(\d+)\.(.*)", name).groups()
-    layer = int(number) + (args.n_layers if kind == "mtp" else 0)
-    names = family.mtp if kind == "mtp" and not rest.startswith("block.") else family.names
-    rest = rest.removeprefix("block.")
-    module = rest.removesuffix(".weight")
-    if module not in names:
+    kind, number, rest = re.fullmatch(r"(layers|mtp)\.(\d+)\.(?:block\.)?(.*)", name).groups()
+    layer, module = int(number) + (args.n_layers if kind == "mtp" else 0), rest.removesuffix(".weight")
+    if module not in family.names:
         cure = "--model.n_mtp_layers 0" if kind == "mtp" else "leave out the options of [model] that add it"
         raise ConfigError(f"{family.architecture} has no tensor for {name}; {cure}.")
-    their_name = f"model.layers.{layer}.{names[module]}" + (".weight" if rest != module else "")
+    their_name = f"model.layers.{layer}.{family.names[module]}" + (".weight" if rest != module else "")
     if "{expert}" in their_name:
         return HFTensor(tuple(their_name.format(expert=e) for e in range(args.n_experts)), is_stacked=True)
-    found = HFTensor((their_name,))
-    head_rows = family.head_rows(args).get(module)
-    if rotate_half and head_rows:
-        return replace(found, head_rows=head_rows, rotated_rows=args.rope_dim)
-    return found
+    head_rows = family.rotate_half(args, config).get(module, 0)
+    return HFTensor((their_name,), head_rows=head_rows, rotated_rows=args.rope_dim)
 
 
-def duplicates_in_hf(args: ModelArgs, family: Family, is_head_tied: bool) -> dict[str, str]:
-    """Tensors that a folder may hold although they repeat another: their name -> our tensor that they repeat.
-    is_head_tied says that a head that the folder stores is a duplicate of the embedding."""
-    embedding, head = "tok_embeddings.weight", "output.weight"
-    duplicates = {TOP_LEVEL[head]: embedding} if args.tie_embeddings and is_head_tied else {}
-    for k in range(args.n_mtp_layers):
-        for name, ours in family.mtp_copies.items():
-            duplicates[f"model.layers.{args.n_layers + k}.{name}"] = embedding if args.tie_embeddings else ours
-    return duplicates
+def mtp_copies_in_hf(args: ModelArgs, family: Family) -> dict[str, str]:
+    """The tensors that each MTP layer of a folder repeats: their name -> our tensor."""
+    tied = {"output.weight": "tok_embeddings.weight"} if args.tie_embeddings else {}
+    return {
+        f"model.layers.{args.n_layers + k}.{name}": tied.get(ours, ours)
+        for k in range(args.n_mtp_layers)
+        for name, ours in family.mtp_copies.items()
+    }
 
 
 def layer_of(hf_name: str) -> int:
@@ -81,8 +76,6 @@ def layer_of(hf_name: str) -> int:
 
 
 def sort_key(hf_name: str) -> tuple:
-    """Sorts names in the model's order, and numbers as numbers: expert 2 comes before expert 10, and the head last."""
-    prefixes = ["model.embed_tokens", "model.layers", "model.norm", "lm_head"]
-    first = next((i for i, prefix in enumerate(prefixes) if hf_name.startswith(prefix)), len(prefixes))
-    parts = re.split(r"(\d+)", hf_name)
-    return (first, [(int(part), "") if part.isdigit() else (-1, part) for part in parts])
+    """Sorts names in the model's order: the head is last, and expert 2 comes before expert 10."""
+    parts = re.split(r"(\d+)", hf_name)  # every second part is a number
+    return hf_name.startswith("lm_head"), [int(part) if i % 2 else part for i, part in enumerate(parts)]

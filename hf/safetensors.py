@@ -7,7 +7,7 @@ of each tensor to its file.
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -16,17 +16,18 @@ from torch import Tensor
 
 from errors import ConfigError
 from files import is_plain_name, read_json, write_json
+from hf.families import ConfigFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+Layout = list[tuple[str, tuple[int, ...], torch.dtype]]  # name, shape and dtype of each tensor, in their order
 
 
 class TensorReader:
     """The tensors of a folder by name. Raises ConfigError for a folder, file or tensor that cannot be read."""
 
     def __init__(self, folder: str):
-        self.folder = folder
-        self._open_files = {}
+        self.folder, self._open_files = folder, {}
         index = os.path.join(folder, INDEX)
         if os.path.isfile(index):
             self.file_of = read_json(index)["weight_map"]
@@ -37,19 +38,12 @@ class TensorReader:
             self.file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         else:
             raise ConfigError(f"{folder} has neither {INDEX} nor {SINGLE}.")
-        self.block = self._read_block_size()
-
-    def _read_block_size(self) -> tuple[int, int]:
-        """(rows, columns) of the blocks of a float8 weight that share one scale."""
-        quantization = read_json(os.path.join(self.folder, "config.json")).get("quantization_config")
-        if quantization is None:
-            return 128, 128
+        default = dict(quant_method="fp8", weight_block_size=(128, 128))
+        quantization = ConfigFile(folder).get("quantization_config", default)
         if quantization.get("quant_method") != "fp8" or "weight_block_size" not in quantization:
-            raise ConfigError(
-                f'{self.folder}: quantized by {json.dumps(quantization)}; only "fp8" in blocks (weight_block_size) is '
-                "supported."
-            )
-        return tuple(quantization["weight_block_size"])
+            given = json.dumps(quantization)
+            raise ConfigError(f'{folder}: quantized by {given}; only "fp8" in blocks (weight_block_size) is supported.')
+        self.block = quantization["weight_block_size"]  # rows and columns of a float8 weight that share one scale
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -62,10 +56,8 @@ class TensorReader:
         if values.dtype == torch.float8_e4m3fn:
             values = self._dequantize(name, values, box)
         elif values.dtype not in DTYPES:
-            known = ", ".join(DTYPES.values())
-            raise ConfigError(
-                f"{self.folder}: {name} is stored as {values.dtype}; only {known} and F8_E4M3 can be read."
-            )
+            known = f"{', '.join(DTYPES.values())} and F8_E4M3"
+            raise ConfigError(f"{self.folder}: {name} is stored as {values.dtype}; only {known} can be read.")
         for dim, ((first, end), index) in enumerate(zip(box, indices, strict=True)):
             if not torch.equal(index, torch.arange(first, end)):
                 values = values.index_select(dim, index - first)
@@ -99,42 +91,37 @@ class TensorReader:
         return self._open_files[file]
 
 
-def write_tensors(
-    folder: str, layout: list[tuple[str, tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor], max_bytes: int
-) -> None:
-    """Writes tensors as files of at most max_bytes and their index; a tensor that is larger has a file alone. `layout`
-    is the name, shape and dtype of each of `tensors`, in the same order. Only one tensor at a time is taken from
-    `tensors`."""
-    files, sizes = [[]], [prod(shape) * dtype.itemsize for _, shape, dtype in layout]
-    filled = 0
-    for entry, size in zip(layout, sizes, strict=True):
+def write_tensors(folder: str, layout: Layout, tensors: Iterable[Tensor], max_bytes: int) -> None:
+    """Writes the tensors of `layout` as files of at most max_bytes and their index; a tensor that is larger has a file
+    alone. Only one tensor at a time is taken from `tensors`."""
+    files, filled, total = [[]], 0, 0
+    for name, shape, dtype in layout:
+        size = prod(shape) * dtype.itemsize
         if filled + size > max_bytes and files[-1]:
             files.append([])
             filled = 0
-        files[-1].append(entry)
+        files[-1].append((name, shape, dtype))
         filled += size
-    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-    tensors = iter(tensors)
-    for name, entries in zip(names, files, strict=True):
-        _write_file(os.path.join(folder, name), entries, tensors)
-    weight_map = {entry[0]: name for name, entries in zip(names, files, strict=True) for entry in entries}
-    index = dict(metadata=dict(total_size=sum(sizes)), weight_map=weight_map)
-    write_json(os.path.join(folder, INDEX), index, indent=2)
+        total += size
+    weight_map, tensors = {}, iter(tensors)
+    for i, entries in enumerate(files):
+        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        _write_file(os.path.join(folder, file), entries, tensors)
+        weight_map |= {name: file for name, _, _ in entries}
+    write_json(os.path.join(folder, INDEX), dict(metadata=dict(total_size=total), weight_map=weight_map), indent=2)
 
 
-def _write_file(path: str, entries: list[tuple[str, tuple[int, ...], torch.dtype]], tensors: Iterable[Tensor]) -> None:
-    """Takes the tensors of `entries` from the iterator and writes them as one file."""
+def _write_file(path: str, layout: Layout, tensors: Iterator[Tensor]) -> None:
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     # Wide dtypes first, so that each tensor begins at a multiple of its element's size.
-    header, places, end = {"__metadata__": {"format": "pt"}}, {}, 0
-    for name, shape, dtype in sorted(entries, key=lambda entry: -entry[2].itemsize):
-        places[name] = end
-        end += prod(shape) * dtype.itemsize
-        header[name] = dict(dtype=DTYPES[dtype], shape=shape, data_offsets=[places[name], end])
+    for name, shape, dtype in sorted(layout, key=lambda entry: -entry[2].itemsize):
+        first, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = dict(dtype=DTYPES[dtype], shape=shape, data_offsets=[first, end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, shape, dtype), tensor in zip(entries, tensors):  # noqa: B905 - the next file takes the rest
+        for (name, shape, dtype), tensor in zip(layout, tensors):  # noqa: B905 - the next file takes the rest
             assert tensor.shape == shape and tensor.dtype == dtype, name
-            file.seek(8 + len(text) + places[name])
+            file.seek(8 + len(text) + header[name]["data_offsets"][0])
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())

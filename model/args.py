@@ -1,5 +1,6 @@
 """The shape of a model: one frozen dataclass, shared by every family."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -9,14 +10,16 @@ def _arg(default, help: str, choices: tuple[str, ...] | None = None, is_option: 
 
 
 _fixed = partial(_arg, is_option=False)  # not a --model.NAME option: comes from the flavor or from a config.json
+# Fields that must be at least 1: always, with multi-head latent attention, in a mixture of experts.
+_SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len")
+_MLA_SIZES = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_MOE_SIZES = ("n_experts", "top_k", "moe_hidden_dim", "n_expert_groups", "topk_group")
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """Everything that decides a model's parameters and its arithmetic; nothing about how it is trained.
-
-    Raises ValueError for sizes that do not fit together.
-    """
+    """Everything that decides a model's parameters and its arithmetic; nothing about how it is trained. ValueError for
+    sizes that do not fit together."""
 
     dim: int = _arg(128, "width of the residual stream")
     n_layers: int = _arg(4, "number of transformer blocks")
@@ -70,64 +73,57 @@ class ModelArgs:
     init_std: float = _fixed(0.02, "standard deviation of the initial weights")
 
     def __post_init__(self):
-        for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1.")
+        for message in self._errors():
+            raise ValueError(message)
+
+    def _errors(self) -> Iterator[str]:
+        """A message for each value that is impossible or does not fit the others."""
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 known = ", ".join(f'"{choice}"' for choice in choices)
-                raise ValueError(f'model.{f.name} ("{value}") must be one of {known}.')
-        self._check_attention()
-        self._check_experts()
-        if self.n_mtp_layers < 0:
-            raise ValueError(f"model.n_mtp_layers ({self.n_mtp_layers}) must be at least 0.")
-
-    def _check_attention(self):
-        if self.attention == "mla":
-            for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+                yield f'model.{f.name} ("{value}") must be one of {known}.'
+        is_mla, is_moe = self.attention == "mla", self.n_experts != 0
+        for is_used, names, message in (
+            (True, _SIZES, "model.{} ({}) must be at least 1."),
+            (is_mla, _MLA_SIZES, 'model.attention "mla" needs model.{} ({}) of at least 1.'),
+            (is_moe, _MOE_SIZES, "model.{} ({}) must be at least 1 in a mixture of experts."),
+        ):
+            for name in names if is_used else ():
                 if getattr(self, name) < 1:
-                    raise ValueError(f'model.attention "mla" needs model.{name} ({getattr(self, name)}) of at least 1.')
-            if self.n_kv_heads != self.n_heads:
-                raise ValueError(
-                    f'model.attention "mla" has as many key heads as query heads; set model.n_kv_heads '
-                    f"({self.n_kv_heads}) to model.n_heads ({self.n_heads})."
-                )
-        else:
-            if self.dim % self.n_heads != 0:
-                raise ValueError(f"model.n_heads ({self.n_heads}) must divide model.dim ({self.dim}).")
-            if self.n_heads % self.n_kv_heads != 0:
-                raise ValueError(f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads}).")
+                    yield message.format(name, getattr(self, name))
+        if self.n_mtp_layers < 0:
+            yield f"model.n_mtp_layers ({self.n_mtp_layers}) must be at least 0."
+        if is_mla and self.n_kv_heads != self.n_heads:
+            yield (
+                f'model.attention "mla" has as many key heads as query heads; set model.n_kv_heads '
+                f"({self.n_kv_heads}) to model.n_heads ({self.n_heads})."
+            )
+        if not is_mla and self.dim % self.n_heads != 0:
+            yield f"model.n_heads ({self.n_heads}) must divide model.dim ({self.dim})."
+        if not is_mla and self.n_heads % self.n_kv_heads != 0:
+            yield f"model.n_kv_heads ({self.n_kv_heads}) must divide model.n_heads ({self.n_heads})."
         if self.rope_dim % 2 != 0:
             size = f"model.dim / model.n_heads = {self.dim} / {self.n_heads} = {self.rope_dim}"
-            size = f"model.qk_rope_head_dim = {self.rope_dim}" if self.attention == "mla" else size
-            raise ValueError(f"the head size, {size}, must be even: RoPE rotates pairs.")
-
-    def _check_experts(self):
-        if self.n_experts == 0:
+            size = f"model.qk_rope_head_dim = {self.rope_dim}" if is_mla else size
+            yield f"the head size, {size}, must be even: RoPE rotates pairs."
+        if not is_moe:
             return
-        for name in ("n_experts", "top_k", "moe_hidden_dim", "n_expert_groups", "topk_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} ({getattr(self, name)}) must be at least 1 in a mixture of experts.")
         if self.n_experts % self.n_expert_groups != 0:
-            raise ValueError(
-                f"model.n_expert_groups ({self.n_expert_groups}) must divide model.n_experts ({self.n_experts})."
-            )
+            yield f"model.n_expert_groups ({self.n_expert_groups}) must divide model.n_experts ({self.n_experts})."
         group = self.n_experts // self.n_expert_groups
         if self.topk_group > self.n_expert_groups or self.n_group_topk > group or self.n_group_topk < 1:
-            raise ValueError(
+            yield (
                 f"model.topk_group ({self.topk_group}) of {self.n_expert_groups} groups, ranked by "
                 f"model.n_group_topk ({self.n_group_topk}) of {group} experts each, is impossible; lower them."
             )
         if self.top_k > self.topk_group * group:
-            raise ValueError(
+            yield (
                 f"model.top_k ({self.top_k}) is more than the {self.topk_group * group} experts in the "
                 f"{self.topk_group} groups (model.topk_group) that a token may choose from; lower it."
             )
         if self.n_dense_layers > self.n_layers:
-            raise ValueError(
-                f"model.n_dense_layers ({self.n_dense_layers}) is more than model.n_layers ({self.n_layers})."
-            )
+            yield f"model.n_dense_layers ({self.n_dense_layers}) is more than model.n_layers ({self.n_layers})."
 
     @property
     def head_dim(self) -> int:

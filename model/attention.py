@@ -2,8 +2,8 @@
 multi-head latent attention. Each token attends to all tokens before it and to itself; where several documents share a
 sequence, only within its document.
 
-Proof: tests/test_model.py::test_attention_equals_textbook, tests/test_hf.py::test_logits_equal_transformers and
-tests/test_packing.py::test_packed_documents_equal_each_document_alone
+Proof: tests/test_model.py::test_attention_equals_textbook, tests/test_hf.py::test_logits_equal_transformers,
+tests/test_packing.py::test_packed_documents_equal_each_document_alone.
 """
 
 from functools import cache
@@ -29,7 +29,7 @@ class DocumentMask(nn.Module):
     """Which tokens attend to which, where documents share a sequence. Context parallelism replaces it."""
 
     def queries(self, seq_len: int, device: torch.device) -> Tensor:
-        """The places in the sequence of the queries on this rank, int64: here all of them."""
+        """The positions in the sequence of the queries on this rank, int64: here all of them."""
         return torch.arange(seq_len, device=device)
 
     def forward(self, documents: Tensor, as_blocks: bool) -> Tensor | BlockMask:
@@ -60,16 +60,15 @@ class CoreAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q [batch, queries, heads, d_qk], k [batch, seq, kv heads, d_qk], v [batch, seq, kv heads, d_v] -> [batch,
-        queries, heads, d_v]. A mask, such as `DocumentMask`'s, takes the place of the causal one; it is needed where
+        queries, heads, d_v]. A mask, such as `DocumentMask`'s, takes the place of the causal mask; it is needed where
         the queries are only a part of the sequence."""
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        options = dict(scale=self.scale, enable_gqa=q.size(1) != k.size(1))
         if isinstance(mask, BlockMask):
             attend = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-            out = attend(q, k, v, block_mask=mask, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
-            return out.transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=q.size(1) != k.size(1)
-        )
+            out = attend(q, k, v, block_mask=mask, **options)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **options)
         return out.transpose(1, 2)
 
 
@@ -87,9 +86,7 @@ class Attention(nn.Module):
         """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`, mask from `DocumentMask` or None."""
         batch, seq, _ = x.shape
         # -1 and not the number of heads: under tensor parallelism a rank holds only some of them.
-        q = self.wq(x).view(batch, seq, -1, self.head_dim)
-        k = self.wk(x).view(batch, seq, -1, self.head_dim)
-        v = self.wv(x).view(batch, seq, -1, self.head_dim)
+        q, k, v = (w(x).view(batch, seq, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
         out = self.core(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, mask)
         return self.wo(out.reshape(batch, seq, -1))
 
@@ -116,14 +113,13 @@ class LatentAttention(nn.Module):
         self.kv_norm = nn.RMSNorm(args.kv_lora_rank, eps=LATENT_NORM_EPS)
         self.wkv_b = nn.Linear(args.kv_lora_rank, kv_dim, bias=False)
         self.wo = nn.Linear(args.n_heads * args.v_head_dim, args.dim, bias=False)
-        # Where context parallelism gathers: the latent is 4 to 70 times narrower than the keys and values of all heads.
+        # Context parallelism gathers here: the latent is 4 to 70 times narrower than the keys and values of all heads.
         self.latent = nn.Identity()
         self.core = CoreAttention(sum(self.qk_dims) ** -0.5 * yarn_mscale(args, args.rope_mscale_all_dim) ** 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
-        """x [batch, seq, dim] -> [batch, seq, dim]; cos, sin from `rope_cos_sin`, mask from `DocumentMask` or None."""
+        """As `Attention.forward`."""
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compresses_queries else self.wq(x)
-        # -1 and not the number of heads: under tensor parallelism a rank holds only some of them.
         q_nope, q_rope = q.unflatten(-1, (-1, sum(self.qk_dims))).split(self.qk_dims, dim=-1)
         q = torch.cat((q_nope, apply_rope(q_rope, cos, sin)), dim=-1)
 

@@ -1,7 +1,6 @@
 """The table of named model sizes."""
 
-from difflib import get_close_matches
-
+from errors import did_you_mean
 from model.args import ModelArgs
 
 # The context extension of Llama 3.1 (8B, 70B, 405B) and of Llama 3.2 (1B, 3B); both start from 8,192 positions.
@@ -72,7 +71,6 @@ FLAVORS: dict[str, ModelArgs] = {
 def get_flavor(name: str) -> ModelArgs:
     """The shape of a named model; ValueError with the known names for any other name."""
     if name not in FLAVORS:
-        near = get_close_matches(name, FLAVORS, n=1)
-        hint = f'did you mean "{near[0]}"? ' if near else ""
-        raise ValueError(f'model.flavor "{name}" is not known; {hint}known: {", ".join(FLAVORS)}.')
+        known = ", ".join(FLAVORS)
+        raise ValueError(f'model.flavor "{name}" is not known;{did_you_mean(name, FLAVORS)} known: {known}.')
     return FLAVORS[name]

@@ -1,10 +1,8 @@
-"""Number of parameters and FLOPs per token, exact, from the shape of the model.
+"""Number of parameters and FLOPs per token, exact, from the shape of the model. `num_params` leaves out multi-token
+prediction (MTP), as published counts do. Training runs it, so `flops_per_token` counts it.
 
-`num_params` leaves out multi-token prediction (MTP), as published counts do; training runs it, so `flops_per_token`
-counts it.
-
-Proof: tests/test_model.py::test_num_params_equals_module_and_published_count and
-tests/test_model.py::test_flops_per_token_equals_counted_flops
+Proof: tests/test_model.py::test_num_params_equals_module_and_published_count,
+tests/test_model.py::test_flops_per_token_equals_counted_flops.
 """
 
 from model.args import ModelArgs
@@ -14,40 +12,29 @@ def num_params(args: ModelArgs, *, active: bool = False, mtp: bool = False) -> i
     """Number of distinct parameters; a tied head counts once. active: only the parameters that work on a token, which
     are the head but not the embedding's lookup, and top_k experts. mtp: MTP layers too."""
     embeddings = args.vocab_size * args.dim * (1 if args.tie_embeddings or active else 2)
-    blocks = sum(_block_params(args, layer, active) for layer in range(args.n_layers))
-    mtp_layers = sum(
-        _block_params(args, args.n_layers + k, active) + 2 * args.dim * args.dim + 3 * args.dim
-        for k in range(args.n_mtp_layers if mtp else 0)
-    )
-    return embeddings + args.dim + blocks + mtp_layers
-
-
-def num_matmul_params(args: ModelArgs) -> int:
-    """Number of parameters that a token is multiplied with: blocks with top_k experts, head, and MTP, which runs the
-    head once more for each depth; no norms and no embedding lookup."""
-    mtp = args.n_mtp_layers
-    blocks = sum(_block_matmul_params(args, layer, True) for layer in range(args.n_layers + mtp))
-    return blocks + (1 + mtp) * args.vocab_size * args.dim + mtp * 2 * args.dim * args.dim
+    n_mtp = args.n_mtp_layers if mtp else 0
+    blocks = sum(_block_params(args, layer, active) for layer in range(args.n_layers + n_mtp))
+    return embeddings + args.dim + blocks + n_mtp * (2 * args.dim + 3) * args.dim
 
 
 def flops_per_token(args: ModelArgs, seq_len: int, *, causal: bool = False) -> int:
-    """Forward and backward FLOPs of one training token in a sequence of seq_len.
-
-    6 per matmul parameter (2 forward, 4 backward) and 6 x layers x heads x (d_qk + d_v) x seq_len for the two
-    attention products (PaLM, arXiv:2204.02311, appendix B). `causal` counts only the half of the attention products
-    that a causal mask needs. The reported MFU counts all of them, as torchtitan does, so that numbers compare.
-    Recomputation is never counted.
-    """
-    layers = args.n_layers + args.n_mtp_layers
+    """Forward and backward FLOPs of one training token in a sequence of seq_len: 6 per matmul parameter (2 forward, 4
+    backward) and 6 x layers x heads x (d_qk + d_v) x seq_len for the two products
+    of attention (PaLM, arXiv:2204.02311, appendix B). `causal` counts only the half of attention that a causal mask
+    needs. The reported MFU counts all of it, as torchtitan does, so that numbers compare. Recomputation is never
+    counted."""
+    mtp, layers = args.n_mtp_layers, args.n_layers + args.n_mtp_layers
+    params = sum(_block_matmul_params(args, layer, active=True) for layer in range(layers))
+    params += (
+        1 + mtp
+    ) * args.vocab_size * args.dim + mtp * 2 * args.dim * args.dim  # a head and a projection per depth
     attention = 6 * layers * args.n_heads * (args.head_dim + args.value_head_dim) * seq_len
-    return 6 * num_matmul_params(args) + (attention // 2 if causal else attention)
+    return 6 * params + (attention // 2 if causal else attention)
 
 
 def _block_params(args: ModelArgs, layer: int, active: bool) -> int:
-    norms = 2 * args.dim
-    if args.attention == "mla":
-        norms += args.q_lora_rank + args.kv_lora_rank
-    return _block_matmul_params(args, layer, active) + norms
+    latents = args.q_lora_rank + args.kv_lora_rank if args.attention == "mla" else 0
+    return _block_matmul_params(args, layer, active) + 2 * args.dim + latents  # the norms' weights
 
 
 def _block_matmul_params(args: ModelArgs, layer: int, active: bool) -> int:

@@ -5,15 +5,15 @@ several times over in backward. `loss_in_chunks` makes them for a chunk of token
 known as soon as its logits are: softmax(logits) - one_hot(labels). So forward computes it at once, adds it to the
 gradients of h and of the weight, and frees the logits (the idea of Hsu et al. 2024, arXiv:2410.10989). Nothing is
 computed twice. From forward to backward it keeps a gradient like h and a gradient like the weight. Under a pipeline
-schedule that runs many forwards before the first backward (GPipe), each microbatch keeps its own.
+schedule that runs many forwards before the first backward (GPipe), it does so for each microbatch.
 
 With chunk_size 0 `reference_loss` itself runs, and autograd does the backward: all logits exist at once. To try another
-loss, change that function and set training.loss_chunk_size to 0.
+loss, change that function and set training.loss_chunk_size to 0; tensor parallelism runs it too.
 
 torch 2.13 has F.linear_cross_entropy for the same purpose. It is not used yet: torch 2.11 lacks it, it has no
 vocabulary-parallel form, and its chunked path does not compile.
 
-Proof: tests/test_training.py::test_chunked_loss_equals_reference_loss
+Proof: tests/test_training.py::test_chunked_loss_equals_reference_loss.
 """
 
 import torch
@@ -56,9 +56,7 @@ class Head(nn.Linear):
 
 class HeadCore(nn.Module):
     """Logits and loss, without parameters. Under tensor parallelism a vocabulary-parallel version replaces it.
-
-    chunk_size is the number of tokens whose logits exist at a time; 0: all tokens, by `reference_loss`.
-    """
+    chunk_size is the number of tokens whose logits exist at a time; 0: all tokens, by `reference_loss`."""
 
     def __init__(self, chunk_size: int):
         super().__init__()
@@ -84,7 +82,6 @@ class HeadCore(nn.Module):
 
 def loss_in_chunks(h: Tensor, weight: Tensor, labels: Tensor, vocab_start_index: int, core: HeadCore) -> Tensor:
     """`reference_loss` of h [tokens, dim] and labels [tokens], core.chunk_size tokens at a time (0: all at once).
-
     weight holds the vocabulary rows from vocab_start_index on; `core.gather` exchanges statistics with the ranks that
     hold the other rows."""
     needs_gradient = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
@@ -150,8 +147,8 @@ class LossAndGradLogits(nn.Module):
         loss = (log_z - stats[:, 2].sum(0)).where(is_valid, 0.0).sum()
         # Each line is one pass over the chunk's logits, where they are not compiled into one. A position without a
         # label has no gradient: its probabilities become exp(-inf), and its row, -1, is no column.
-        log_z = log_z.where(is_valid, torch.inf)
-        probabilities = (logits.to(log_z.dtype) - log_z[:, None]).exp_()
+        log_z_or_inf = log_z.where(is_valid, torch.inf)[:, None]
+        probabilities = (logits.to(log_z.dtype) - log_z_or_inf).exp_()
         row, is_here = _row(labels, vocab_start_index, logits.size(-1))
         is_label = torch.arange(logits.size(-1), device=logits.device) == row.where(is_here, -1)[:, None]
         return loss, probabilities.sub_(is_label.to(torch.uint8)).to(logits.dtype)

@@ -5,7 +5,7 @@ or would get other numbers than one process does. Here every element is computed
 generator (splitmix64's finalizer, Steele et al. 2014, doi:10.1145/2660193.2660195). So a rank draws only the part that
 it holds, and every layout starts from bitwise the same weights.
 
-Proof: tests/test_model.py::test_any_part_of_a_parameter_has_the_whole_parameters_values
+Proof: tests/test_model.py::test_any_part_of_a_parameter_has_the_whole_parameters_values.
 """
 
 import math
@@ -21,11 +21,9 @@ TRUNCATION = 3.0  # standard deviations
 
 
 def init_std(name: str, args: ModelArgs) -> float | None:
-    """Standard deviation of a parameter's initial values; None for a norm's weight, which starts as ones.
-
-    The two projections that write into the residual stream are divided by sqrt(2 x layers), so that the stream's
-    variance does not grow with depth (GPT-2, Radford et al. 2019, section 2.3).
-    """
+    """Standard deviation of a parameter's initial values; None for a norm's weight, which starts as ones. The two
+    projections that write into the residual stream are divided by sqrt(2 x layers), so that the stream's variance does
+    not grow with depth (GPT-2, Radford et al. 2019, section 2.3). ValueError for a name without a rule."""
     *_, module, last = name.split(".")
     matrix = module if last == "weight" else last  # experts' matrices are parameters of one module
     if matrix in ("wo", "w2"):
@@ -34,15 +32,13 @@ def init_std(name: str, args: ModelArgs) -> float | None:
         return args.init_std
     if matrix.endswith("norm"):
         return None
-    raise AssertionError(f"{name}: no rule for its initial values")
+    raise ValueError(f"{name} has no rule for its initial values; add its module's name to init_std in model/init.py.")
 
 
 def fill_initial_values(local: Tensor, name: str, shape: torch.Size, indices: list[Tensor], args: ModelArgs, seed: int):
-    """Writes parameter `name`'s initial values, in place, into the part of it that `local` holds.
-
-    shape is the whole parameter's; indices[d] (int64, [local.size(d)], on local's device) are the positions along its
-    dimension d that `local` holds: any rectangle, contiguous or not.
-    """
+    """Writes the initial values of parameter `name`, in place, into `local`, a part of it. shape is the whole
+    parameter's; indices[d] (int64, [local.size(d)], on local's device) are the positions along its dimension d that
+    `local` holds: any rectangle, contiguous or not."""
     std = init_std(name, args)
     if std is None:
         local.fill_(1.0)

@@ -5,8 +5,8 @@ on the tokens' copies, sorted by expert. No token is ever dropped.
 
     B batch, S sequence, T = B S tokens, D dim, F moe_hidden_dim, E experts, K experts per token (top_k), R = T K rows
 
-Proof: tests/test_moe.py::test_moe_equals_loop_over_tokens (results and gradients, with every kind of routing) and
-tests/test_moe.py::test_grouped_experts_equal_loop_over_experts
+Proof: tests/test_moe.py::test_moe_equals_loop_over_tokens (results and gradients, with every kind of routing),
+tests/test_moe.py::test_grouped_experts_equal_loop_over_experts.
 """
 
 import torch
@@ -39,7 +39,7 @@ class MoE(nn.Module):
         routed_output_RD = self.experts(routed_input_RD, tokens_per_expert_E)
         routed_output_RD = Permute.apply(routed_output_RD, unsort_indices_R, sorted_indices_R, 1)
         y = self.combine(routed_output_RD, topk_scores_TK).to(x.dtype).view_as(x)
-        return y + self.shared_experts(x) if self.shared_experts is not None else y, tokens_per_expert_E
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), tokens_per_expert_E
 
 
 class Combine(nn.Module):
@@ -164,8 +164,7 @@ class AddAuxiliaryLoss(torch.autograd.Function):
 
 
 class Experts(nn.Module):
-    """E feed-forwards (SwiGLU) side by side. Weights are stored as (expert, in, out), the layout that multiplies
-    fastest."""
+    """E feed-forwards (SwiGLU). Weights are stored as (expert, in, out), the layout that multiplies fastest."""
 
     def __init__(self, n_experts: int, dim: int, hidden_dim: int):
         super().__init__()
@@ -181,17 +180,14 @@ class Experts(nn.Module):
 
 class GroupedExperts(nn.Module):
     def forward(self, rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        # torch has no grouped product of float64.
-        run = experts_in_a_loop if rows.dtype == torch.float64 else experts_grouped
+        run = experts_in_a_loop if rows.dtype == torch.float64 else experts_grouped  # torch groups no float64 product
         return run(rows, counts, w1, w2, w3)
 
 
 def experts_in_a_loop(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """The reference: one expert after the other."""
-    results = []
-    for expert, x in enumerate(rows.split(counts.tolist())):
-        results.append((F.silu(x @ w1[expert]) * (x @ w3[expert])) @ w2[expert])
-    return torch.cat(results)
+    parts = rows.split(counts.tolist())
+    return torch.cat([(F.silu(x @ w1[e]) * (x @ w3[e])) @ w2[e] for e, x in enumerate(parts)])
 
 
 def experts_grouped(rows: Tensor, counts: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Depth k = 1 ... n_mtp_layers is one more block. At position i it gets the output
 token i + k, and predicts token i + k + 1. Embedding and head are shared with the main model. Only training uses MTP;
 inference can drop it, or draft tokens with it.
 
-Proof: tests/test_moe.py::test_mtp_loss_equals_textbook and tests/test_moe.py::test_mtp_targets_stay_in_their_document
+Proof: tests/test_moe.py::test_mtp_loss_equals_textbook, tests/test_moe.py::test_mtp_targets_stay_in_their_document.
 """
 
 import torch
@@ -23,34 +23,29 @@ class MTPLayer(nn.Module):
         self.block = block
         self.norm = nn.RMSNorm(args.dim, eps=args.norm_eps)
 
-    def forward(
-        self, h: Tensor, embedding: Tensor, cos: Tensor, sin: Tensor, mask=None
-    ) -> tuple[Tensor, Tensor | None]:
-        """h [B, S, D], the output of the depth before after its last norm, and embedding [B, S, D] of the next token at
-        each position -> the head's input [B, S, D], and the number of tokens that went to each expert (None in a dense
+    def forward(self, h: Tensor, embedded: Tensor, cos: Tensor, sin: Tensor, mask=None) -> tuple[Tensor, Tensor | None]:
+        """h [B, S, D], the normed output of the depth before, and embedded [B, S, D], the next token at each
+        position -> the head's input [B, S, D], and the number of tokens that went to each expert (None in a dense
         block). cos, sin and mask are attention's."""
         # The published weights have the embedding first, unlike equation 21 of the paper.
-        h = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(h)), dim=-1))
+        h = self.eh_proj(torch.cat((self.enorm(embedded), self.hnorm(h)), dim=-1))
         h, counts = self.block(h, cos, sin, mask)
         return self.norm(h), counts
 
 
 def add_mtp_targets(batch: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The batch of whole sequences with `mtp_tokens` and `mtp_labels` added; the batch itself for depth 0."""
-    return batch | mtp_targets(batch["tokens"], batch["labels"], depth) if depth else batch
-
-
-def mtp_targets(tokens: Tensor, labels: Tensor, depth: int) -> dict[str, Tensor]:
-    """The inputs of MTP for whole sequences, given tokens and labels [B, S]: `mtp_tokens` [B, S, depth], the k-th token
-    after each token, and `mtp_labels` [B, S, depth], the token after that one.
+    """The batch of whole sequences, `tokens` and `labels` [B, S], with `mtp_tokens` and `mtp_labels` [B, S, depth]
+    added: the k-th token after each token, and the token after that one. For depth 0 the batch itself.
 
     A label is IGNORE_INDEX unless all labels from the position up to it are valid: no prediction goes past the end of a
     document or of the sequence. Where there is no k-th token, mtp_tokens has 0."""
-    next_tokens, next_labels = [], []
+    if depth == 0:
+        return batch
+    tokens, labels, next_tokens, next_labels = batch["tokens"], batch["labels"], [], []
     for _ in range(depth):
         is_valid = labels != IGNORE_INDEX
         tokens = nn.functional.pad(tokens[:, 1:], (0, 1)).where(is_valid, 0)
         labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).where(is_valid, IGNORE_INDEX)
         next_tokens.append(tokens)
         next_labels.append(labels)
-    return {"mtp_tokens": torch.stack(next_tokens, -1), "mtp_labels": torch.stack(next_labels, -1)}
+    return batch | {"mtp_tokens": torch.stack(next_tokens, -1), "mtp_labels": torch.stack(next_labels, -1)}

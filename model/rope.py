@@ -3,8 +3,8 @@
 Angles and rotation are computed in float32 at least, for every dtype of the weights: bfloat16 cannot tell position
 4,096 from 4,100 (and a compiler must not fuse the cast away: pytorch/torchtitan #2575).
 
-Proof: tests/test_model.py::test_rope_rotates_each_pair_by_its_angle, tests/test_model.py::test_llama31_rope_scaling and
-tests/test_hf.py::test_logits_equal_transformers (YaRN)
+Proof: tests/test_model.py::test_rope_rotates_each_pair_by_its_angle, tests/test_model.py::test_llama31_rope_scaling,
+tests/test_hf.py::test_logits_equal_transformers (YaRN).
 """
 
 import math
@@ -56,17 +56,13 @@ def rope_cos_sin(positions: Tensor, args: ModelArgs) -> tuple[Tensor, Tensor]:
     # DeepSeek applies rope_mscale_all_dim to all channels, in attention's scale (model/attention.py), so it divides the
     # RoPE channels by it here. The quotient is 1 when both are the same.
     mscale = yarn_mscale(args, args.rope_mscale) / yarn_mscale(args, args.rope_mscale_all_dim)
-    if mscale == 1.0:
-        return angles.cos(), angles.sin()
     return angles.cos() * mscale, angles.sin() * mscale
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channels (2i, 2i + 1) of x [batch, seq, heads, rope_dim] by their angle; same shape and dtype.
-
-    Adjacent channels form a pair, as in Meta's and DeepSeek's checkpoints. Hugging Face's Llama pairs channel i with
-    i + rope_dim / 2 ("rotate_half"); that is the same model with the rows of wq and wk permuted.
-    """
+    """Rotates channels (2i, 2i + 1) of x [batch, seq, heads, rope_dim] by their angle; same shape and dtype. Adjacent
+    channels form a pair, as in Meta's and DeepSeek's checkpoints. Hugging Face's Llama pairs channel i with i +
+    rope_dim / 2 ("rotate_half"), which is the same model with the rows of wq and wk permuted."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     rotated = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)

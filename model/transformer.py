@@ -116,8 +116,9 @@ class Transformer(nn.Module):
         or, per_sequence, `sequence_log_probs`. A later pipeline stage gets the residual stream [batch, seq, dim] as x,
         and every stage but the last returns it.
 
-        mtp_tokens and mtp_labels [batch, seq, n_mtp_layers], from `mtp_targets`, are for multi-token prediction: the
-        mean of the MTP losses, times mtp_loss_weight, is added to the gradient but not to the loss that is returned.
+        mtp_tokens and mtp_labels [batch, seq, n_mtp_layers], from `add_mtp_targets`, are for multi-token prediction:
+        the mean of the MTP losses, times mtp_loss_weight, is added to the gradient but not to the loss that is
+        returned.
 
         documents [batch, whole seq] (int64) numbers the documents that share a sequence: attention stays within each.
         """

@@ -12,25 +12,3 @@ from parallelize.pipeline import build_pipeline, parallelize_pipeline
 from parallelize.styles import check_parameters
 from parallelize.tensor import parallelize_tensor
 from parallelize.tied_embedding import TiedEmbedding
-
-__all__ = [
-    "ParallelDims",
-    "ParallelMesh",
-    "TiedEmbedding",
-    "apply_activation_checkpointing",
-    "apply_compile",
-    "apply_float8",
-    "build_mesh",
-    "build_pipeline",
-    "check_parameters",
-    "init_weights",
-    "materialize",
-    "parallelize_context",
-    "parallelize_data",
-    "parallelize_experts",
-    "parallelize_pipeline",
-    "parallelize_tensor",
-    "set_is_last_backward",
-    "shard_sequence",
-    "sync_float8_scales",
-]

@@ -1,22 +1,23 @@
 """torch.compile, block by block.
 
 Idea: Dynamo reads a block's Python once and turns it into one graph; the backend (inductor) fuses the element-wise work
-around the matrix products into few kernels. All blocks of a model run the same code on the same shapes, so compiling a
-block instead of the whole model costs one compilation for any number of layers, and leaves to FSDP the seams between
-blocks, where it gathers and frees weights. The loss is compiled too: its float32 logits then exist in registers only.
+around the matrix products into few kernels. All blocks of a model run the same code on the same shapes. So compiling a
+block instead of the whole model costs one compilation for any number of layers, and leaves the seams between blocks to
+FSDP, which gathers and frees weights there. The loss is compiled too: its float32 logits then exist in registers only.
 
-Graphs are whole (`fullgraph`): code that cannot be compiled is an error, not a silent graph break that costs the speed
-that compiling brings. A graph holds for one shape: batch and sequence do not change between the steps of a training
-run, and a graph for any shape would be slower.
+Graphs are whole (`fullgraph`): code that cannot be compiled is an error, not a silent graph break that makes training
+slow. A graph holds for one shape, because batch and sequence do not change between the steps of a training run, and a
+graph for any shape would be slower.
 
 The order is activation checkpointing, compile, FSDP: recomputation must be inside of the graph, where the compiler
 decides what to keep, and FSDP's hooks outside. Schedules that split backward do not work, see limits.py.
 
-In a mixture of experts whose experts are an FSDP group of their own, the block is compiled in parts: FSDP's hooks on
-the experts, and the wait for the sizes of the dispatch, are in the middle of the block. A module that a fork adds to
-the MoE beside these parts stays eager.
+A mixture of experts whose experts FSDP shards as a separate group is compiled in parts: FSDP's hooks on the experts,
+and the wait for the sizes of the dispatch, are in the middle of the block. A module that a fork adds to the MoE beside
+these parts stays eager.
 
-Proof: tests/test_compile.py::test_compiled_gradients_are_those_of_eager.
+Proof: tests/test_compile.py::test_compiled_gradients_equal_eager_with_one_graph,
+tests/test_compile.py::test_compiled_blocks_on_two_ranks_equal_eager_on_one.
 """
 
 import torch
@@ -29,8 +30,8 @@ def apply_compile(
     stage: nn.Module, *, enable: bool, backend: str, param_dtype: torch.dtype, separate_experts: bool
 ) -> None:
     """Compiles every block of a stage and its loss, in place; each is compiled at its first call. separate_experts:
-    FSDP will shard experts in a group of their own. param_dtype is the compute dtype: the compiler's grouped product
-    exists in bfloat16 only. ConfigError for a backend that torch does not know."""
+    FSDP will shard experts as a separate group. param_dtype is the compute dtype: the compiler's grouped product exists
+    in bfloat16 only. ConfigError for a backend that torch does not know."""
     if not enable:
         return
     if backend not in torch.compiler.list_backends(exclude_tags=()):
@@ -48,7 +49,6 @@ def apply_compile(
                 module.compile(**options)
         if compiles_experts:
             moe.experts.compute.compile(**options | dict(dynamic=True))  # the number of rows changes at every call
-    if stage.output is not None:
-        # A chunk's loss is in two parts: between them, ranks that share the vocabulary exchange their statistics.
-        for part in stage.output.core.children():
-            part.compile(**options)
+    # A chunk's loss is in two parts: between them, ranks that share the vocabulary exchange their statistics.
+    for part in stage.output.core.children() if stage.output is not None else ():
+        part.compile(**options)

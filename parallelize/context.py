@@ -1,38 +1,43 @@
 """Context parallelism: each rank of the cp axis holds a part of every sequence, and all of the weights.
 
-Everything except attention works on single tokens, so only attention communicates. Under a causal mask later tokens
-attend to more keys. With C ranks, a sequence is cut into 2C chunks, and rank r holds chunks r and 2C - 1 - r, one from
-the head and one from the tail, so that all ranks have the same work. This is the zigzag order, also called head-tail
-load balancing (Llama 3, arXiv:2407.21783, section 3.3.2). Positions and labels are cut like the tokens and travel with
-them. Document numbers, where several documents share a sequence, stay whole, because every query needs those of all
-keys.
+Idea: everything except attention works on single tokens, so only attention communicates. Under a causal mask later
+tokens attend to more keys. With C ranks, a sequence is cut into 2C chunks, and rank r holds chunks r and 2C - 1 - r,
+one from the head and one from the tail, so that all ranks have the same work. This is the zigzag order, also called
+head-tail load balancing (Llama 3, arXiv:2407.21783, section 3.3.2):
 
-Three methods. A rank has b = batch x seq / C tokens of a microbatch and, after tensor parallelism, H heads of queries
-and K heads of keys and values, of size d. Numbers are elements, of param_dtype's bytes:
+    C = 2, chunks 0 1 2 3 of a sequence:    rank 0 holds 0 3    rank 1 holds 1 2
+
+Positions and labels are cut like the tokens. Document numbers, where several documents share a sequence, stay whole,
+because every query needs the numbers of all keys.
+
+There are three methods. A rank has b = batch x seq / C tokens of a microbatch and, after tensor parallelism, H heads of
+queries and K heads of keys and values, of size d. Numbers are elements, of param_dtype's bytes:
 
     allgather   Queries stay. Keys and values of the whole sequence are all-gathered; their gradients are
                 reduce-scattered. Per layer a rank receives 2 b K d (C-1) in forward, in one all-gather, and the same
-                in backward, in one reduce-scatter, and holds the whole sequence's keys and values, 2 b C K d, for
-                backward. Works for any number of heads; best for grouped queries, where K is small.
+                in backward, in one reduce-scatter. For backward it holds the whole sequence's keys and values,
+                2 b C K d. Works for any number of heads; best for grouped queries, where K is small.
     alltoall    Ulysses: heads are exchanged for tokens, so that a rank has all tokens of 1/C of the heads
                 (DeepSpeed-Ulysses, Jacobs et al. 2023, arXiv:2309.14509), and back after attention. Per layer a rank
                 receives b (2H + 2K) d (C-1)/C in forward, in one all-to-all of H + 2K heads and one of H, and the same
-                in backward, and holds no more than one process does. C must divide H and K.
-
-With H = 4K, allgather receives less up to C = 5, and alltoall beyond; alltoall needs less memory at any C. In latent
-attention K = H, and d is d_qk for a query or key and d_v for a value: allgather receives b H (d_qk + d_v) (C-1) a layer
-in each direction, alltoall b H (2 d_qk + 2 d_v) (C-1)/C.
-
+                in backward. It holds no more than a rank without context parallelism. C must divide H and K.
     latent      For multi-head latent attention: an all-gather of the latents that keys and values are computed from,
                 together with the key's RoPE channels. Per layer b (kv_lora_rank + qk_rope_head_dim) (C-1) in forward
                 and the same in backward: 576 numbers a token, where DeepSeek-V3's keys and values are 40,960. Every
                 rank computes keys and values of the whole sequence, so it does C times the work of that product.
 
-Torch's ring attention (torch.distributed.tensor.experimental) is not one of them: it replaces
+With H = 4K, allgather receives less up to C = 5, and alltoall beyond; alltoall needs less memory at any C. In latent
+attention K = H, and d is d_qk for a query or key and d_v for a value: allgather receives b H (d_qk + d_v) (C-1) a layer
+in each direction, alltoall b H (2 d_qk + 2 d_v) (C-1)/C.
+
+Torch's ring attention (torch.distributed.tensor.experimental) is not among them: it replaces
 F.scaled_dot_product_attention for the whole process, works on CUDA alone, and is not part of the stable API.
 
 Proof: tests/test_one_step.py::test_context_parallel_equals_one_process; the bytes:
-tests/test_communication.py::test_cp, tests/test_communication_of_mixtures.py::test_cp."""
+tests/test_communication.py::test_context_parallel_allgather_bytes_equal_formula,
+tests/test_communication.py::test_context_parallel_alltoall_bytes_equal_formula,
+tests/test_communication_of_mixtures.py::test_context_parallel_bytes_equal_formula.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -46,17 +51,15 @@ from torch_private import all_to_all_single_autograd
 
 def shard_sequence(batch: dict[str, Tensor], mesh: DeviceMesh) -> dict[str, Tensor]:
     """This rank's chunks, [batch, seq / C], of each tensor [batch, seq, ...] of a batch; `documents` stays whole."""
-    size, rank = mesh.size(), mesh.get_local_rank()
-    if size == 1:
+    if mesh.size() == 1:
         return batch
-    chunks = {name: tensor.chunk(2 * size, dim=1) for name, tensor in batch.items()}
-    parts = {name: torch.cat((c[rank], c[2 * size - 1 - rank]), dim=1) for name, c in chunks.items()}
+    parts = {name: zigzag(tensor, mesh.size())[mesh.get_local_rank()] for name, tensor in batch.items()}
     return parts | {name: tensor for name, tensor in batch.items() if name == "documents"}
 
 
 def parallelize_context(stage: nn.Module, mesh: DeviceMesh, *, method: str, seq_len: int) -> None:
-    """Replaces the core of every block's attention, in place, by one that sees the whole sequence. seq_len is the whole
-    sequence's length."""
+    """Replaces the core of every block's attention, in place, by a module that sees the whole sequence, of seq_len
+    tokens."""
     if mesh.size() == 1:
         return
     make = {"allgather": AllGatherKVAttention, "alltoall": UlyssesAttention, "latent": CPAttention}[method]
@@ -88,8 +91,7 @@ class AllGatherSequence(nn.Module):
         self.mesh = mesh
 
     def forward(self, x: Tensor) -> Tensor:
-        # Every rank's queries contribute to the gradient of every key. gather_sequence reduce-scatters that sum;
-        # without it only this rank's contribution would come back.
+        # Every rank's queries contribute to the gradient of every key: gather_sequence's backward sums them.
         return undo_zigzag(gather_sequence(x[None], self.mesh, dim=0))
 
 
@@ -100,9 +102,8 @@ class CPAttention(nn.Module):
         super().__init__()
         self.core = core
         rank, chunk = mesh.get_local_rank(), seq_len // (2 * mesh.size())
-        # A chunk of queries sees the keys up to its end, with a causal mask on the last chunk of keys. On a GPU the
-        # mask only picks a kernel and has no memory. It is made here, because selective checkpointing cannot trace its
-        # making.
+        # A chunk of queries sees the keys up to its end, with a causal mask on the last chunk of keys. On a GPU this
+        # mask takes no memory, it only picks a kernel. Selective checkpointing cannot trace how it is made.
         self.ends = ((rank + 1) * chunk, (2 * mesh.size() - rank) * chunk)
         self.masks = [causal_lower_right(chunk, end) for end in self.ends]
 
@@ -137,15 +138,11 @@ class UlyssesAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
         """q, k, v [batch, seq / C, heads, head_dim] of this rank's two chunks; returns q's shape."""
-        n = self.mesh.size()
+        n, sizes = self.mesh.size(), [x.size(3) for x in (q, k, v)]
         # [batch, seq / C, heads, d] -> [C, batch, seq / C, heads / C x d]: what goes to each rank, in one all-to-all.
         parts = [x.unflatten(2, (n, -1)).flatten(3).movedim(2, 0) for x in (q, k, v)]
-        together = undo_zigzag(self._exchange(torch.cat(parts, dim=-1)))
-        widths = [x.size(2) // n * x.size(3) for x in (q, k, v)]
-        q, k, v = (
-            x.unflatten(-1, (-1, d))
-            for x, d in zip(together.split(widths, dim=-1), (q.size(3), k.size(3), v.size(3)), strict=True)
-        )
+        arrived = undo_zigzag(self._exchange(torch.cat(parts, dim=-1))).split([x.size(3) for x in parts], dim=-1)
+        q, k, v = (x.unflatten(-1, (-1, d)) for x, d in zip(arrived, sizes, strict=True))
         out = self.core(q, k, v, mask)  # all tokens of some heads: to the core, a model with fewer heads
         back = self._exchange(zigzag(out, n))  # [C, batch, seq / C, heads / C, d], by the heads' rank
         return back.movedim(0, 2).flatten(2, 3)

@@ -4,9 +4,9 @@ Idea: each rank of the ep axis holds some of the experts, whole, and the tokens 
 its tokens to the rank that has the copy's expert (dispatch), and gets the result back (combine). The MoE layer
 (`model/moe.py`) is written for one device: dispatch and combine are hooks around its experts.
 
-Expert parallelism borrows its ranks from dp_shard x cp x tp, whose ranks all have different tokens (under tensor
-parallelism the sequence is sharded between attention and the next attention). So it adds no axis, and tensor
-parallelism never cuts experts. The rest of those ranks, efsdp = dp_shard x cp x tp / E_p, shares the experts by FSDP:
+Expert parallelism borrows its ranks from dp_shard x cp x tp, whose ranks all have different tokens (tensor parallelism
+shards the sequence outside of attention). So it adds no axis, and tensor parallelism never cuts experts. FSDP shards an
+expert over the ranks that are left, efsdp = dp_shard x cp x tp / E_p:
 
     8 ranks as dp_shard 4 x tp 2, ep 4:   rank         0      1      2      3      4      5      6      7
                                           tokens       a      b      c      d      e      f      g      h
@@ -25,13 +25,14 @@ Per layer and microbatch, for a rank's R rows (its tokens x top_k) of dim D, E e
 The balance loss is of whole sequences: one all-reduce of batch x E counts (int64) over cp x tp, per layer and forward.
 training/balance.py sums counts once a step. fsdp.py communicates the weights of the E / E_p experts over efsdp.
 
-The CPU waits once per layer and forward, for the router and for the exchange of counts, because it must know the sizes
-of the rows that arrive; backward knows them. While it waits it cannot issue the next all-gather of weights, so
-`fsdp.py` issues that earlier: a block's weights bring its experts' and the next block's. No token is ever dropped:
-buffers have exactly the size that is needed, and a rank may receive no row.
+The CPU waits once per layer and forward, for the router and the exchange of counts, because it must know how many rows
+arrive; backward knows. While it waits it cannot issue the next all-gather of weights, so fsdp.py issues that at the
+block's beginning. No token is ever dropped: buffers have exactly the size that is needed, and a rank may receive no
+row.
 
 Proof: tests/test_one_step.py::test_expert_parallel_equals_one_process; the bytes:
-tests/test_communication_of_mixtures.py::test_experts.
+tests/test_communication_of_mixtures.py::test_expert_parallel_bytes_equal_formula,
+tests/test_communication_of_mixtures.py::test_expert_parallel_bytes_follow_real_routing.
 """
 
 import torch
@@ -65,7 +66,7 @@ PLAN: Plan = {"moe.experts": ExpertParallel()}
 
 
 def parallelize_experts(stage: nn.Module, mesh: DeviceMesh, sequence: DeviceMesh) -> None:
-    """Spreads a stage's routed experts over mesh (ep), in place. sequence (cp, tp) are the ranks that share sequences:
+    """Spreads a stage's routed experts over mesh (ep), in place. sequence (cp x tp) are the ranks that share sequences:
     the balance loss sums its counts over them."""
     for block in stage.blocks().values():
         if block.moe is not None and sequence.size() > 1 and stage.args.balance_loss_weight > 0:
@@ -89,22 +90,20 @@ class TokenDispatcher:
             dist.all_to_all_single(received_PE, sent_PE, group=self.group)
             self.sent, self.received = to_lists(sent_PE.sum(1), received_PE.sum(1))
             # Rows arrive sorted by rank, then by expert. The experts need them sorted by expert.
-            num_experts = received_PE.size(1)
-            expert = torch.arange(num_experts, device=rows.device).repeat(self.size)
+            expert = torch.arange(received_PE.size(1), device=rows.device).repeat(self.size)
             expert = expert.repeat_interleave(received_PE.flatten(), output_size=sum(self.received))
-            self.order = expert.argsort(stable=True)
-            self.place = inverse_permutation(self.order)
+            self.sorted_indices = expert.argsort(stable=True)
+            self.unsort_indices = inverse_permutation(self.sorted_indices)
         rows = all_to_all_single_autograd(rows, self.received, self.sent, self.group)
-        return Permute.apply(rows, self.order, self.place, 1), received_PE.sum(0)
+        return Permute.apply(rows, self.sorted_indices, self.unsort_indices, 1), received_PE.sum(0)
 
     def combine(self, rows: Tensor) -> Tensor:
-        """Returns the experts' results to the ranks and places that their rows came from."""
-        rows = Permute.apply(rows, self.place, self.order, 1)
+        """Returns the experts' results to the ranks and positions that their rows came from."""
+        rows = Permute.apply(rows, self.unsort_indices, self.sorted_indices, 1)
         return all_to_all_single_autograd(rows, self.sent, self.received, self.group)
 
 
-def to_lists(sent: Tensor, received: Tensor) -> tuple[list[int], list[int]]:
-    """The number of rows that go to each rank, and that come from each. The only place where the CPU waits for the
-    device."""
-    both = torch.stack((sent, received)).tolist()
-    return both[0], both[1]
+def to_lists(sent: Tensor, received: Tensor) -> list[list[int]]:
+    """The numbers of rows that go to each rank and that come from each. The CPU waits for the device here and nowhere
+    else."""
+    return torch.stack((sent, received)).tolist()

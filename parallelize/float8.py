@@ -1,8 +1,8 @@
 """Float8 matrix products in the linear layers (Micikevicius et al. 2022, arXiv:2209.05433), by torchao.
 
-Idea: tensor cores multiply 8-bit floats twice as fast as bfloat16. Each operand is multiplied by a scale that takes its
-largest absolute value to the largest float8 number, and rounded to float8; the product is divided by the scales. Sums
-are float32. Weights, gradients and optimizer state keep their dtypes: nothing is stored in float8.
+Idea: tensor cores multiply 8-bit floats twice as fast as bfloat16. Each operand is multiplied by a scale that takes
+its largest absolute value to the largest float8 number, and rounded to float8. The product, summed in float32, is
+divided by the scales. Weights, gradients and optimizer state keep their dtypes: nothing is stored in float8.
 
     forward    output      = input_e4m3       @ weight_e4m3^T     e4m3: 3 bits of mantissa, up to 448
     backward   grad_input  = grad_output_e5m2 @ weight_e4m3       e5m2: 2 bits, up to 57344, for the gradient's range
@@ -14,14 +14,13 @@ Recipes (torchao's):
     rowwise             one scale, a power of 2, per row (of what is summed over); all operands are e4m3: more exact
     rowwise_with_gw_hp  rowwise, but grad_weight in high precision: the most exact
 
-These stay in high precision: the head, where rounding goes straight into the loss (pytorch/torchtitan #4008 shipped a
-filter that had come to match nothing, and so rounded the head), the embedding, the norms, attention's products, layers
-whose sizes no float8 kernel takes, and the layers that `skip` names. A small product does not earn back its casts.
+These stay in high precision: the head, where rounding goes straight into the loss (a filter of pytorch/torchtitan #4008
+matched nothing any more, and so the head was rounded), the embedding, the norms, attention's products, layers whose
+sizes no float8 kernel takes, and the layers that `skip` names. Skip small layers: their casts cost more than they gain.
 
 Bytes: with enable_fsdp_float8_all_gather, FSDP gathers 1 byte an element of these weights instead of param_dtype's 2
 or 4 (and rounds the stored weight, not its bfloat16 copy). Tensor parallelism still exchanges activations in high
-precision; DTensor also reduces the largest values over the tp axis, a number a tensor, or a row, so that scales are
-global.
+precision. It also reduces the largest values over the tp axis, a number per tensor or row, so that scales are global.
 
 One thing depends on the layout: a tensorwise scale is computed from a rank's microbatch. So FSDP of N ranks equals one
 process that accumulates N microbatches, and tensor parallelism equals no tensor parallelism, up to the order of sums.
@@ -29,8 +28,10 @@ process that accumulates N microbatches, and tensor parallelism equals no tensor
 Gain, on one H200 in a plain loop: tensorwise +24 to 32 % tokens per second, rowwise +12 %; the float8 all-gather costs
 6 % where there is no other rank to gather from.
 
-Proof: tests/test_float8.py::test_products_round_like_float8,
-tests/test_float8_layouts.py::test_fsdp_equals_accumulation."""
+Proof: tests/test_float8.py::test_linear_equals_hand_written_rounding,
+tests/test_float8_layouts.py::test_float8_fsdp_equals_accumulating_process,
+tests/test_float8_layouts.py::test_float8_tensor_parallel_equals_one_process.
+"""
 
 import importlib
 import warnings
@@ -65,16 +66,14 @@ def apply_float8(
 ) -> str:
     """Converts linear layers to float8, in place, with the same names and weights; returns a line for the log, empty
     if not enabled. It takes the whole model on meta, so that each pattern of skip is checked against the names of all
-    layers.
-
-    skip: patterns of whole names, case-sensitive, as "layers.0.*" or "*.wk". emulate: the same rounding with products
-    in float32, on any device. ConfigError, with the cure, where hardware, torchao, dtype or a pattern does not fit.
-    """
+    layers. skip: patterns of whole names, case-sensitive, as "layers.0.*" or "*.wk". emulate: the same rounding with
+    products in float32, on any device. ConfigError, with the cure, where hardware, torchao, dtype or a pattern does not
+    fit."""
     if not enable:
         return ""
     if not emulate:
         require_hardware(recipe, device_type)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = linear_layers(model)
     converted, kept = choose_layers(linears, skip)
     if torch.float64 in {linears[name].weight.dtype for name in converted}:
         raise ConfigError("float8 does not take float64 weights; set training.dtype to float32 or bfloat16.")
@@ -96,9 +95,8 @@ def sync_float8_scales(model: nn.Module) -> None:
     gather. It must be called whenever weights have changed: after initialisation or loading and after every optimizer
     step, because an old scale would clip values that have grown. A collective; does nothing without float8
     all-gather."""
-    gathered = {n: p for n, p in model.named_parameters() if isinstance(p, DTensor) and is_gathered_in_float8(p)}
-    if not gathered:
-        return
+    dtensors = {name: p for name, p in model.named_parameters() if isinstance(p, DTensor)}
+    gathered = {name: p for name, p in dtensors.items() if hasattr(p.to_local(), "fsdp_pre_all_gather")}
     for name, weight in gathered.items():
         axes = [axis for axis, placement in enumerate(weight.placements) if not placement.is_replicate()]
         parts = prod(weight.device_mesh.size(axis) for axis in axes)
@@ -108,22 +106,18 @@ def sync_float8_scales(model: nn.Module) -> None:
                 f"float8.enable_fsdp_float8_all_gather: {name} {tuple(weight.shape)} cannot be cut into {parts} equal "
                 "parts; use a number of ranks that divides its sizes, add the layer to float8.skip, or leave it out."
             )
-    with silenced(REDISTRIBUTE_LOGGER):
-        import_torchao().precompute_float8_dynamic_scale_for_fsdp(model)
+    if gathered:
+        with silenced(REDISTRIBUTE_LOGGER):
+            import_torchao().precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def as_plain(parameter: Tensor) -> Tensor:
     """The same memory, detached, without the tensor class that makes FSDP gather it in float8: a checkpoint must load
     where there is no float8, or no torchao."""
-    return torch.ops.aten.alias(parameter.detach())  # one of the operations that torchao's class does not survive
-
-
-def is_gathered_in_float8(weight: DTensor) -> bool:
-    return hasattr(weight.to_local(), "fsdp_pre_all_gather")
+    return torch.ops.aten.alias(parameter.detach())  # an operation whose result is not of torchao's class
 
 
 def require_hardware(recipe: str, device_type: str) -> None:
-    """ConfigError unless the device has float8 kernels for the recipe."""
     needed, found = NEEDED_CAPABILITY[recipe], f'the device is "{device_type}"'
     if device_type == "cuda":
         capability = torch.cuda.get_device_capability()
@@ -134,6 +128,10 @@ def require_hardware(recipe: str, device_type: str) -> None:
         f'float8.recipe "{recipe}" needs a GPU of compute capability {needed[0]}.{needed[1]}, {found}; leave float8 '
         "out, or set float8.emulate to true for the same rounding at the speed of float32."
     )
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
 
 
 def choose_layers(linears: dict[str, nn.Linear], skip: Sequence[str]) -> tuple[set[str], dict[str, list[str]]]:
@@ -169,13 +167,11 @@ def shortened(names: list[str]) -> str:
 
 
 def import_torchao() -> ModuleType:
-    """torchao.float8, imported without its warnings about kernels for other torch versions, none of which float8
-    uses."""
+    """torchao.float8, imported without its warnings about kernels that float8 does not use."""
     with silenced("torchao", PYTREE_LOGGER), warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of a docstring of torchao's, on its first import
+        warnings.simplefilter("ignore", SyntaxWarning)  # a docstring of torchao has one
         try:
             return importlib.import_module("torchao.float8")
         except ImportError as error:
-            raise ConfigError(
-                f"float8 needs torchao ({error}): pip install 'torchao>=0.17', or leave float8 out."
-            ) from None
+            cure = "pip install 'torchao>=0.17', or leave float8 out."
+            raise ConfigError(f"float8 needs torchao ({error}): {cure}") from None

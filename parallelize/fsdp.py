@@ -4,26 +4,27 @@ Idea: every rank keeps 1/N of each weight, gradient and optimizer state. A block
 the block runs, and freed after it. Its gradients are reduce-scattered as soon as backward has computed them.
 
 Who holds what, with N ranks on the fsdp axis and R on dp_replicate: a rank holds 1/N of every weight, and R ranks hold
-the same 1/N (HSDP; N = 1 is plain replication, R = 1 plain FSDP). Routed experts are sharded over efsdp instead, where
-that differs from fsdp (see parallelize/expert.py), as a group of their own.
+the same 1/N (HSDP; N = 1 is plain replication, R = 1 plain FSDP). Where efsdp differs from fsdp (see
+parallelize/expert.py), routed experts are sharded over efsdp, as a separate group.
 
 FSDP communicates weights in groups: each block; the embedding; the head with the last norm (a tied embedding belongs to
-the head's group); the norms and the projection of an MTP layer. For each group of P elements (rows of its weights are
-rounded up to a multiple of N), of b bytes in param_dtype and s in reduce_dtype, with M microbatches a step:
+this group); the norms and the projection of an MTP layer. For each group of P elements (rows of its weights are rounded
+up to a multiple of N), of b bytes in param_dtype and s in reduce_dtype, with M microbatches a step:
 
     fsdp            all-gathers, a rank receives P b (N-1)/N in each: 2 M for a block, M for the embedding and for the
                     head, at any depth of MTP; 1 for each group when weights are not freed after forward
                     M reduce-scatters, P s (N-1)/N each
     dp_replicate    when R > 1, one all-reduce of the gradient's shard: 2 P/N s (R-1)/R
 
-Experts in a group of their own count as a block, with efsdp's ranks for N. Activation checkpointing adds no all-gather.
-
-On CPUs train.py replaces FSDP's two collectives by direct messages, see `training/gloo.py`: to each other rank and from
-each, the same bytes.
+A separate group of experts counts as a block, with efsdp's ranks for N. Activation checkpointing adds no all-gather.
 
 Proof: tests/test_one_step.py::test_fsdp_equals_one_process, tests/test_one_step.py::test_hsdp_equals_one_process; the
-bytes: tests/test_communication.py::test_fsdp, tests/test_communication_of_mixtures.py::test_experts.
+bytes: tests/test_communication.py::test_fsdp_bytes_equal_formula,
+tests/test_communication.py::test_hsdp_bytes_equal_formula,
+tests/test_communication_of_mixtures.py::test_fsdp_bytes_equal_formula.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -47,7 +48,7 @@ def parallelize_data(
 ) -> None:
     """Shards a stage in place over mesh, (fsdp) or (dp_replicate, fsdp), and its routed experts over expert_mesh,
     (efsdp) or (dp_replicate, efsdp); None: experts are sharded like the rest. Weights keep their dtype between steps;
-    a block computes in param_dtype, gradients are summed in reduce_dtype."""
+    a block computes in param_dtype, and gradients are summed in reduce_dtype."""
     has_dtensors = any(isinstance(p, DTensor) for p in stage.parameters())  # tensor parallelism needs FSDP's sums
     casts = any(p.dtype != param_dtype for p in stage.parameters())
     if mesh.size() == 1 and not (has_dtensors or casts or cpu_offload):
@@ -69,7 +70,7 @@ def parallelize_data(
     for layer in stage.mtp.values():
         fully_shard(layer, **freed)
     has_embedding, has_head = stage.tok_embeddings is not None, stage.output is not None
-    # A tied weight must be in one group: then embedding and head stay in the root's.
+    # A tied weight must be in one group: then embedding and head stay in the stage's.
     if not (stage.args.tie_embeddings and has_embedding and has_head):
         if has_embedding:
             fully_shard(stage.tok_embeddings, **freed)
@@ -81,19 +82,15 @@ def parallelize_data(
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             is_expert = expert_mesh is not None and isinstance(module, Experts)
-            set_sum_reduction(module, expert_mesh if is_expert else mesh)
+            # On one rank there is nothing to sum, and a factor of 1 would copy every gradient once more.
+            if (expert_mesh if is_expert else mesh).size() > 1:
+                # The loss is divided once, by the whole step's number of tokens. Neither call recurses.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # a plain sum: not every backend has others
     prefetch_around_dispatch(blocks)
 
 
-def set_sum_reduction(module: FSDPModule, mesh: DeviceMesh) -> None:
-    """Makes one FSDP module sum gradients instead of averaging them: the loss is divided once, by the whole step's
-    number of tokens. Neither call recurses, and gloo has no pre-multiplied sum to fall back on."""
-    if mesh.size() > 1:  # On one rank, a division by 1 would copy every gradient once more.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def shard_placement_of_experts(block: nn.Module, ranks: int):
+def shard_placement_of_experts(block: nn.Module, ranks: int) -> Callable[[nn.Parameter], Shard | None]:
     """The function that tells fully_shard which dimension of a block's weights to cut. Experts are cut by number or,
     with more ranks than experts, along the rows or the columns of each matrix."""
     experts = set() if block.moe is None else set(block.moe.experts.parameters())
@@ -114,21 +111,18 @@ def prefetch_around_dispatch(blocks: list[nn.Module]) -> None:
     """Issues a block's all-gathers early where its experts are a group of their own: the CPU waits in the middle of the
     block for the sizes of the dispatch (see parallelize/expert.py) and could not issue them there. In backward nothing
     waits."""
-    for block, next_block in zip(blocks, [*blocks[1:], None], strict=True):
+    for i, block in enumerate(blocks):
         if block.moe is not None and isinstance(block.moe.experts, FSDPModule):
-            # The block prefetches both. Its own hook does nothing when it is recomputed in backward. The experts' hook
+            # The block prefetches both. Its hook does nothing when it is recomputed in backward. The experts' hook
             # would run again, and gather the next block, whose backward is over.
-            following = [next_block] if next_block is not None else []
-            block.set_modules_to_forward_prefetch([block.moe.experts, *following])
+            block.set_modules_to_forward_prefetch([block.moe.experts, *blocks[i + 1 : i + 2]])
 
 
 def set_is_last_backward(stages: list[nn.Module], is_last: bool, *, reshard_after_backward: bool) -> None:
     """Tells FSDP whether the next backward, or pipeline schedule, is the last of the optimizer step: only the last one
     all-reduces gradients over the R replicas, and frees weights that stay gathered (reshard_after_backward False).
-
-    Gradients are reduce-scattered in every microbatch all the same. Keeping them whole until the last one would save
-    communication, but each rank would need the memory of a full gradient.
-    """
+    Gradients are reduce-scattered in every microbatch all the same. To keep them whole until the last microbatch would
+    save communication, but each rank would need the memory of a full gradient."""
     for stage in stages:
         if isinstance(stage, FSDPModule):
             stage.set_requires_all_reduce(is_last)

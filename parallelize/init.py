@@ -1,10 +1,9 @@
-"""Initial weights in any layout: finds which elements of a parameter this rank holds, and writes just these.
+"""Initial weights in any layout: a rank finds which elements of a parameter it holds, and writes only these. No rank
+ever makes a whole parameter, and nothing is communicated. `model/init.py` computes each value from the seed, the
+parameter's name and the element's index in the whole parameter.
 
-No rank ever makes a whole parameter, and nothing is communicated. The values come from `model/init.py`, which computes
-each from the seed, the parameter's name and the element's global index.
-
-Proof: tests/test_mesh.py::test_held_indices_are_what_a_rank_holds,
-tests/test_parity.py::test_initial_weights_are_equal_on_any_number_of_ranks.
+Proof: tests/test_mesh.py::test_held_indices_equal_local_elements,
+tests/test_mesh.py::test_initial_weights_are_equal_in_any_layout.
 """
 
 from collections.abc import Sequence
@@ -20,8 +19,8 @@ from torch_private import StridedShard
 
 
 def materialize(stage: nn.Module, device: torch.device, *, cpu_offload: bool) -> None:
-    """Allocates the memory of a stage on meta, without values. Buffers are always on the device, where the tokens are,
-    also when FSDP keeps the weights in CPU memory."""
+    """Allocates the memory of a stage on meta, without values. Buffers are on the device, where the tokens are, also
+    when FSDP keeps the weights in CPU memory."""
     stage.to_empty(device="cpu" if cpu_offload else device)
     for module in stage.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
@@ -59,12 +58,12 @@ def indices_at(tensor: DTensor, coordinate: Sequence[int], device: torch.device 
                                             fsdp 1   rows 2 3         rows 6 7
 
     The strided shard says that the mesh axes to its right have cut the dimension first. So the plain shards cut first,
-    from left to right, then the strided ones, from right to left.
+    from left to right, then the strided shards, from right to left.
     """
     held = [torch.arange(size, device=device) for size in tensor.shape]
-    shards = [(axis, p) for axis, p in enumerate(tensor.placements) if isinstance(p, Shard | StridedShard)]
-    plain = [item for item in shards if not isinstance(item[1], StridedShard)]
-    strided = [item for item in reversed(shards) if isinstance(item[1], StridedShard)]
+    axes = list(enumerate(tensor.placements))
+    plain = [(axis, p) for axis, p in axes if isinstance(p, Shard)]  # a StridedShard is not a Shard
+    strided = [(axis, p) for axis, p in reversed(axes) if isinstance(p, StridedShard)]
     for axis, placement in plain + strided:
         parts = held[placement.dim].chunk(tensor.device_mesh.size(axis))
         # With fewer rows than ranks, the last ranks hold nothing.

@@ -1,4 +1,4 @@
-"""Arrange the ranks as device meshes, one axis for each kind of parallelism.
+"""The ranks as device meshes, one axis for each kind of parallelism.
 
 Five axes, always there, each of size 1 or more; slowest first:
 
@@ -32,11 +32,11 @@ Six more axes join or divide these, with the ranks in the same order:
 Process groups: axes of the same ranks share a group. An axis of all ranks takes the world's group, and all axes of size
 1 take one group of this rank alone. So a rank makes at most 11 groups, one for each axis above, whatever the number of
 ranks. NCCL makes a communicator at a group's first collective: at most 11 with the world's, since nothing is sent over
-dp_shard where it differs from fsdp. A communicator runs one collective after the other, so axes that share a group do
-not overlap.
+dp_shard where it differs from fsdp. A communicator runs one collective after the other, so the collectives of axes that
+share a group do not overlap.
 
-Proof: tests/test_mesh.py::test_views_of_eight_ranks, tests/test_mesh.py::test_axes_of_same_ranks_share_a_group,
-tests/test_mesh.py::test_rank_makes_at_most_eleven_groups
+Proof: tests/test_mesh.py::test_axes_hold_the_drawn_ranks, tests/test_mesh.py::test_axes_of_same_ranks_share_a_group,
+tests/test_mesh.py::test_rank_makes_at_most_eleven_groups.
 """
 
 from dataclasses import dataclass, fields
@@ -71,11 +71,11 @@ class ParallelDims:
     ep: int = 1
 
     def resolve(self, world_size: int) -> "ParallelDims":
-        """Fill in dp_shard. ConfigError, with layouts that fit, unless the axes multiply to world_size."""
+        """Fills in dp_shard. ConfigError, with layouts that fit, unless the axes multiply to world_size."""
         values = {axis: getattr(self, axis) for axis in AXES}
-        wrong = [a for a, n in values.items() if n < 1 and not (a == "dp_shard" and n == -1)]
-        if wrong:
-            raise ConfigError(f"{AXES[wrong[0]]} ({values[wrong[0]]}) must be at least 1.")
+        for axis, n in values.items():
+            if n < 1 and (axis, n) != ("dp_shard", -1):
+                raise ConfigError(f"{AXES[axis]} ({n}) must be at least 1.")
         others = prod(n for axis, n in values.items() if axis != "dp_shard")
         if values["dp_shard"] == -1 and world_size % others == 0:
             values["dp_shard"] = world_size // others
@@ -97,7 +97,7 @@ class ParallelDims:
         return " x ".join(f"{f.name} {getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) > 1) or "1"
 
     def _suggest(self, world_size: int) -> str:
-        """Name up to three layouts of world_size ranks, those that differ least from this layout."""
+        """The up to three layouts of world_size ranks that differ least from this layout, as text."""
         wanted = {axis: max(1, getattr(self, axis)) for axis in AXES if axis != "dp_shard"}
         divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
         choices = [divisors if n > 1 else [1] for n in wanted.values()]  # an axis that was not asked for stays at 1
@@ -141,7 +141,7 @@ class ParallelMesh:
 
 
 def build_mesh(device_type: str, world_size: int, *, timeout_seconds: int = 600, **degrees: int) -> ParallelMesh:
-    """Build the meshes of all world_size ranks for degrees, the fields of ParallelDims. device_type is "cpu" or "cuda".
+    """The meshes of all world_size ranks for degrees, the fields of ParallelDims. device_type is "cpu" or "cuda".
     ConfigError if the degrees do not fit. A collective: every rank makes its groups in the same order."""
     d, rank = ParallelDims(**degrees).resolve(world_size), dist.get_rank()
     timeout = timedelta(seconds=timeout_seconds)  # a new group does not inherit that of the world's group
@@ -159,13 +159,12 @@ def build_mesh(device_type: str, world_size: int, *, timeout_seconds: int = 600,
     def grid(**axes: int) -> DeviceMesh:
         """A mesh of all ranks, the last axis fastest."""
         sizes = tuple(axes.values())
-        strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        mesh_groups = [group_of(*axis) for axis in zip(axes, sizes, strides, strict=True)]
+        mesh_groups = [group_of(axis, n, prod(sizes[i + 1 :])) for i, (axis, n) in enumerate(axes.items())]
         ranks = torch.arange(world_size).view(sizes)
         return DeviceMesh.from_group(mesh_groups, device_type, ranks, mesh_dim_names=tuple(axes))
 
     def line(axis: str, size: int, stride: int) -> DeviceMesh:
-        """A mesh of this rank's group of an axis alone."""
+        """A mesh of this rank's group of one axis."""
         return DeviceMesh.from_group(group_of(axis, size, stride), device_type, mesh_dim_names=(axis,))
 
     fsdp = d.dp_shard * d.cp

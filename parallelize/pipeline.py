@@ -9,9 +9,8 @@ the order of forwards and backwards. With P ranks:
     1F1B                   the same bubble, at most P microbatches kept (Narayanan et al. 2021, arXiv:2104.04473)
     Interleaved1F1B        several stages a rank: the bubble falls as 1 / stages, communication grows as stages
     LoopedBFS              the same stages, all microbatches through one before the next (arXiv:2211.05953)
-    InterleavedZeroBubble  backward cut in two: the gradient of the input at once, the gradient of the weights when
-    there
-                           would be a bubble (Qi et al. 2023, arXiv:2401.10241)
+    InterleavedZeroBubble  backward cut in two: the gradient of the input at once, the gradient of the weights where
+                           there would be a bubble (Qi et al. 2023, arXiv:2401.10241)
     ZBVZeroBubble          the same, two stages a rank in a V: rank r has r and 2P-1-r, so rank 0 the first and the last
     DualPipeV              the V of DeepSeek's DualPipe: forward and backward of two microbatches side by side
 
@@ -20,12 +19,14 @@ first stage uses the tokens, the last stage the labels, all stages the positions
 
 Messages per step: between neighbouring stages on different ranks, one activation [microbatch, seq / (cp x tp), dim] of
 param_dtype per microbatch in forward, and its gradient in backward. The first step adds one small send per neighbour,
-which creates the communicators. (A tied embedding adds two messages, see `parallelize/tied_embedding.py`.) With FSDP,
+which creates the communicators. A tied embedding adds two messages, see `parallelize/tied_embedding.py`. With FSDP,
 weights stay gathered through a schedule, and gradients are reduced once, after it, as for one microbatch whose weights
 are not freed.
 
-Proof: tests/test_one_step.py::test_pipeline_equals_one_process; the messages: tests/test_communication.py::test_pp,
-tests/test_communication_of_mixtures.py::test_pp.
+Proof: tests/test_one_step.py::test_pipeline_equals_one_process; the messages:
+tests/test_communication.py::test_pipeline_messages_equal_formula,
+tests/test_communication.py::test_fsdp_communicates_once_per_pipeline_schedule,
+tests/test_communication_of_mixtures.py::test_pipeline_messages_equal_formula.
 """
 
 import copy
@@ -46,14 +47,14 @@ SPLIT_BACKWARD_SCHEDULES = ("InterleavedZeroBubble", *V_SCHEDULES)  # by input, 
 
 def parallelize_pipeline(model: nn.Module, mesh: DeviceMesh, schedule: str, stages_per_rank: int) -> list[nn.Module]:
     """This rank's stages of a model on meta, in the model's order: copies of the model, each without the parts of
-    other stages; without a pipeline the model itself. stages_per_rank 0 is the schedule's default, see
-    `num_stages_per_rank`."""
+    other stages; without a pipeline the model itself. stages_per_rank: see `num_stages_per_rank`."""
     if mesh.size() == 1:
         return [model]
-    num_stages = num_stages_per_rank(schedule, stages_per_rank) * mesh.size()
+    per_rank = num_stages_per_rank(schedule, stages_per_rank)
+    num_stages = per_rank * mesh.size()
     counts = layers_per_stage(model, num_stages)
     stages = []
-    for index in stage_indices(mesh.get_local_rank(), mesh.size(), schedule, num_stages // mesh.size()):
+    for index in stage_indices(mesh.get_local_rank(), mesh.size(), schedule, per_rank):
         stage = copy.deepcopy(model)
         first = sum(counts[:index])
         for name in list(stage.layers):
@@ -80,8 +81,8 @@ def interleaves(schedule: str) -> bool:
 
 
 def layers_per_stage(model: nn.Module, num_stages: int) -> list[int]:
-    """Number of blocks of each stage, such that the heaviest stage is as light as possible. Embedding and head weigh
-    as many blocks as have their number of parameters: both cost memory, and the head costs time too. A depth of
+    """The number of blocks of each stage, such that the heaviest stage is as light as possible. Embedding and head
+    weigh as many blocks as have their number of parameters: both cost memory, and the head costs time too. A depth of
     multi-token prediction weighs a block and a head."""
     args = model.args
     block = (num_params(args, active=True) - args.vocab_size * args.dim) / args.n_layers
@@ -90,7 +91,7 @@ def layers_per_stage(model: nn.Module, num_stages: int) -> list[int]:
     weights[0] += embedding
     weights[-1] += embedding + args.n_mtp_layers * (1 + embedding)
     counts = [1] * num_stages
-    for _ in range(len(model.layers) - num_stages):
+    while sum(counts) < args.n_layers:
         lightest = weights.index(min(weights))
         weights[lightest] += 1
         counts[lightest] += 1
@@ -98,10 +99,8 @@ def layers_per_stage(model: nn.Module, num_stages: int) -> list[int]:
 
 
 def stage_indices(rank: int, size: int, schedule: str, per_rank: int) -> list[int]:
-    """Numbers of the stages that a rank of the pp axis has."""
-    if schedule in V_SCHEDULES:
-        return [rank, 2 * size - 1 - rank]
-    return [rank + size * i for i in range(per_rank)]
+    """The numbers of the stages that a rank of the pp axis has."""
+    return [rank, 2 * size - 1 - rank] if schedule in V_SCHEDULES else [rank + size * i for i in range(per_rank)]
 
 
 def build_pipeline(
@@ -117,24 +116,23 @@ def build_pipeline(
 ) -> tuple[Callable[[dict[str, Tensor], Tensor], Tensor], Callable[[dict[str, Tensor]], Tensor]]:
     """Two functions that run a batch of batch_size sequences through the stages. forward_backward(batch, num_tokens)
     returns this rank's part of the batch's loss divided by num_tokens, which is 0 except on the rank with the last
-    stage. forward(batch), to be called without gradients, returns this rank's part of the undivided loss.
-
-    seq_len is the sequence length of the activations between the stages, dtype is their dtype."""
-    num_stages, num_microbatches = len(stages) * mesh.size(), batch_size // microbatch_size
+    stage. forward(batch), to be called without gradients, returns this rank's part of the undivided loss. seq_len and
+    dtype are those of the activations between the stages."""
+    size, rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
+    rank_of = {i: r for r in range(size) for i in stage_indices(r, size, schedule, len(stages))}
+    indices, num_stages = stage_indices(rank, size, schedule, len(stages)), len(stages) * size
+    num_microbatches = batch_size // microbatch_size
     activation = dict(size=(microbatch_size, seq_len, stages[0].args.dim), dtype=dtype)
+    # We give the shapes, so that torch need not infer them by an extra forward, which would count tokens of experts
+    # twice. They must say what requires a gradient, or no gradient is sent.
+    with torch.device("meta"):
+        tokens = torch.empty(microbatch_size, seq_len, dtype=torch.int64)
+        between = torch.empty(**activation, requires_grad=True)
+        loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
     pipeline_stages = []
-    indices = stage_indices(mesh.get_local_rank(), mesh.size(), schedule, len(stages))
     for stage, index in zip(stages, indices, strict=True):
-        # We give the shapes, so that torch need not infer them by an extra forward, which would count tokens of experts
-        # twice. They must say what requires a gradient, or none is sent.
-        with torch.device("meta"):
-            tokens = torch.empty(microbatch_size, seq_len, dtype=torch.int64)
-            loss = torch.empty((), dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-            inputs = tokens if index == 0 else torch.empty(**activation, requires_grad=True)
-            outputs = loss if index == num_stages - 1 else torch.empty(**activation, requires_grad=True)
-        pipeline_stages.append(
-            PipelineStage(stage, index, num_stages, device, (inputs,), (outputs,), group=mesh.get_group())
-        )
+        ends = (tokens if index == 0 else between,), (loss if index == num_stages - 1 else between,)
+        pipeline_stages.append(PipelineStage(stage, index, num_stages, device, *ends, group=group))
     run = get_schedule_class(schedule)(
         pipeline_stages if interleaves(schedule) else pipeline_stages[0],
         num_microbatches,
@@ -143,51 +141,31 @@ def build_pipeline(
         loss_fn=lambda loss_sum, num_tokens: (loss_sum / num_tokens).sum(),
         scale_grads=False,
     )
-    is_first = mesh.get_local_rank() == 0
 
     def forward_backward(batch: dict[str, Tensor], num_tokens: Tensor) -> Tensor:
         losses = []
-        run.step(
-            *([batch["tokens"]] if is_first else []),
-            positions=batch["positions"],
-            **{name: batch[name] for name in batch if name not in ("tokens", "positions")},
-            target=num_tokens.expand(num_microbatches),  # a copy for each microbatch
-            losses=losses,
-            return_outputs=False,
-        )
+        target = num_tokens.expand(num_microbatches)  # a copy for each microbatch
+        inputs = {name: tensor for name, tensor in batch.items() if name != "tokens"}
+        tokens = [batch["tokens"]] if rank == 0 else []
+        run.step(*tokens, **inputs, target=target, losses=losses, return_outputs=False)
         return torch.stack(losses).detach().sum() if losses else torch.zeros((), device=device)
 
-    return forward_backward, build_forward(stages, mesh, schedule, num_microbatches, activation, device)
-
-
-def build_forward(
-    stages: list[nn.Module],
-    mesh: DeviceMesh,
-    schedule: str,
-    num_microbatches: int,
-    activation: dict,
-    device: torch.device,
-) -> Callable[[dict[str, Tensor]], Tensor]:
-    """`build_pipeline`'s forward(batch). Torch's schedules are made for backwards, and their eval() makes the stages
-    anew at every entry and exit. Here each microbatch goes from stage to stage, and the next microbatch follows."""
-    size, rank, group = mesh.size(), mesh.get_local_rank(), mesh.get_group()
-    rank_of = {i: r for r in range(size) for i in stage_indices(r, size, schedule, len(stages))}
-    last = len(stages) * size - 1
-
+    # Torch's schedules are made for backwards, and their eval() makes the stages anew at every entry and exit. Here
+    # each microbatch goes from stage to stage, and the next microbatch follows.
     def forward(batch: dict[str, Tensor]) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for parts in zip(*(tensor.chunk(num_microbatches) for tensor in batch.values()), strict=True):
             inputs = dict(zip(batch, parts, strict=True))
             x = inputs.pop("tokens")
-            for index, stage in zip(stage_indices(rank, size, schedule, len(stages)), stages, strict=True):
+            for index, stage in zip(indices, stages, strict=True):
                 if index > 0 and rank_of[index - 1] != rank:
                     x = torch.empty(**activation, device=device)
                     dist.recv(x, group=group, group_src=rank_of[index - 1])
                 x = stage(x, **inputs)
-                if index == last:
+                if index == num_stages - 1:
                     total += x
                 elif rank_of[index + 1] != rank:
                     dist.send(x.contiguous(), group=group, group_dst=rank_of[index + 1])
         return total
 
-    return forward
+    return forward_backward, forward

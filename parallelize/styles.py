@@ -1,13 +1,12 @@
 """Parallel styles beside torch's: modules that keep their parameters as DTensors but compute on local tensors.
 
 A parameter stays a DTensor so that FSDP, checkpoints and the gradient norm know which rank holds which part of it. Its
-module sees a plain tensor, because its arithmetic needs no communication: it works on this rank's tokens, heads or
-experts alone. (torchtitan calls the replicated case `NoParallel`.)
-
-`apply_plan` is torch's `parallelize_module` with one difference: a key that matches no module is an error.
+module computes with a plain tensor, because its arithmetic needs no communication: it works on this rank's tokens,
+heads or experts alone. torchtitan calls the replicated case `NoParallel`.
 
 Proof: tests/test_plans.py::test_misspelt_plan_key_is_an_error,
-tests/test_plans.py::test_forgotten_parameter_is_an_error."""
+tests/test_plans.py::test_forgotten_parameter_is_an_error.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +23,8 @@ Plan = dict[str, ParallelStyle]
 
 
 def apply_plan(module: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
-    """Applies each style of the plan to the submodule that its key names. ConfigError for a key that names none: torch
-    only warns, and the run would go on with that module's gradients never summed."""
+    """Torch's `parallelize_module`, with a ConfigError for a key that names no submodule. Torch only warns, and the run
+    would go on with that module's gradients never summed."""
     names = [name for name, _ in module.named_modules(remove_duplicate=False) if name]
     for key in plan:
         if key not in names:
@@ -37,9 +36,9 @@ def apply_plan(module: nn.Module, mesh: DeviceMesh, plan: Plan) -> None:
 
 
 def check_parameters(stage: nn.Module, mesh: ParallelMesh) -> None:
-    """Checks, after all parallelisms are applied, that every parameter is distributed over the axes that it must be:
-    fsdp and tp, or for routed experts efsdp and ep. ConfigError for a parameter that no plan has reached: ranks would
-    hold copies of it whose gradients differ."""
+    """Checks, after all parallelisms are applied, that every parameter is distributed over its axes: fsdp and tp, or
+    for routed experts efsdp and ep. ConfigError for a parameter that no plan has reached: ranks would hold copies of
+    it whose gradients differ."""
     is_sharded = any(isinstance(module, FSDPModule) for module in stage.modules())
     for name, parameter in stage.named_parameters():
         is_expert = ".moe.experts." in name
@@ -56,14 +55,12 @@ def check_parameters(stage: nn.Module, mesh: ParallelMesh) -> None:
 
 class LocalWeights(ParallelStyle):
     """Distributes a module's parameters by one placement; the module computes with this rank's part as a plain tensor.
+    The module is a linear layer, an RMSNorm, or hands its weights to a child without parameters: the router to its
+    gate, experts to their grouped products.
 
-    The module is a linear layer, an RMSNorm, or a module that hands its weights to a child without parameters (the
-    router to its gate, experts to their grouped products).
-
-    With Replicate() every rank holds the whole weight and uses it for other tokens or other heads than the other ranks.
-    So each rank's gradient is a part of a sum, Partial(), and FSDP adds the parts. (pytorch/torchtitan #2387 shipped a
-    router without that sum: its copies drifted apart.)
-    """
+    With Replicate() every rank holds the whole weight and uses it for different tokens or heads. So each rank's
+    gradient is a part of a sum, Partial(), and FSDP adds the parts. (pytorch/torchtitan #2387 shipped a router without
+    that sum: its copies drifted apart.)"""
 
     def __init__(self, placement: Placement):
         super().__init__()
@@ -88,7 +85,7 @@ class LocalWeights(ParallelStyle):
 
 def gather_sequence(x: Tensor, mesh: DeviceMesh, dim: int = 1) -> Tensor:
     """All-gathers a plain tensor that is sharded along dim; returns the whole as a plain tensor. Each rank uses it for
-    other heads or other rows of a weight, so each makes a part of its gradient: backward is a reduce-scatter."""
+    different heads or rows of a weight, so each makes a part of its gradient: backward is a reduce-scatter."""
     x = DTensor.from_local(x, mesh, [Shard(dim)], run_check=False).redistribute(placements=[Replicate()])
     return x.to_local(grad_placements=[Partial()])
 

@@ -2,21 +2,22 @@
 
 Idea: each weight matrix is cut into T parts. The first matrices of attention and feed-forward are cut by output rows,
 so that a rank has whole heads and whole hidden channels. The last matrix is cut by input columns, so that each rank
-computes a part of a sum. Between them the activations are sharded along the sequence, so that norms and residual
-additions are not computed T times. Sequence parallelism is part of the design and has no switch: expert parallelism,
-the head and the gradients of replicated weights rely on it.
+computes a part of a sum. Outside of attention and feed-forward the activations are sharded along the sequence, so that
+norms and residual additions are not computed T times. Sequence parallelism is part of the design and has no switch:
+expert parallelism, the head and the gradients of replicated weights rely on it.
 
 Who holds what, for T ranks on the tp axis: 1/T of every matrix, of the embedding's and the head's vocabulary, and of
-the activations between the blocks [batch, seq / T, dim]. Replicated on every rank, with gradients that are summed over
-the ranks: the norms; in latent attention wq_a, q_norm, wkv_a and kv_norm; the router; and enorm, hnorm, eh_proj and
-norm of multi-token prediction. Experts are not cut, see `parallelize/expert.py`.
+the activations between the blocks [batch, seq / T, dim]. Every rank holds these weights whole, and their gradients are
+summed over the ranks: the norms; in latent attention wq_a, q_norm, wkv_a and kv_norm; the router; and enorm, hnorm,
+eh_proj and norm of multi-token prediction. Experts are not cut, see `parallelize/expert.py`.
 
 Collectives on the tp axis, per microbatch, for L blocks and an activation of A = batch x seq x dim elements:
 
     forward     embedding 1 reduce-scatter; each block 2 all-gathers and 2 reduce-scatters; head 1 all-gather and, for
-                each chunk of the loss, 1 all-gather of 3 float32 numbers a token and rank
-    backward    each of the reduce-scatters becomes an all-gather and the other way round, except for the loss's
-                the gradients of the 2 L + 1 norms, 1 all-reduce of dim elements each (by FSDP, before it scatters them)
+                each chunk of the loss, 1 all-gather of 3 float32 numbers a token and rank (with loss_chunk_size 0
+                instead 1 all-gather of the head's weight and 1 all-reduce of the loss)
+    backward    a reduce-scatter for each all-gather, and an all-gather for each reduce-scatter, but none for the loss;
+                for each of the 2 L + 1 norms, 1 all-reduce of its gradient (by FSDP, before it scatters the gradient)
 
     a rank receives (T-1)/T x A elements in each of the 8 L + 4 large ones, 3 (T-1) numbers a token for the loss, and
     2 (T-1)/T x dim elements for a norm.
@@ -25,10 +26,10 @@ DeepSeek's models differ:
 
     latent attention    with compressed queries the block's first all-gather becomes two: of the queries' latent, and of
                         the other latent together with the key's RoPE channels, A/dim x q_lora_rank and A/dim x
-                        (kv_lora_rank + qk_rope_head_dim) elements. (DeepSeek-V3: 2,112 numbers a token, where its
-                        activations have 7,168.) In backward the reduce-scatters change alike
+                        (kv_lora_rank + qk_rope_head_dim) elements: 2,112 numbers a token in DeepSeek-V3, whose
+                        activations have 7,168. The reduce-scatters of backward change likewise
     mixture of experts  the shared experts take the feed-forward's place; nothing is sent for them where there are none
-    MTP                 each depth is one block more. Embedding, head and loss carry 1 + depth times the elements, but
+    MTP                 each depth is one more block. Embedding, head and loss carry 1 + depth times the elements, but
                         only the loss sends more messages, 1 + depth times as many
 
     a replicated weight's gradient is 1 all-reduce of the whole weight, 2 (T-1)/T x its elements.
@@ -37,18 +38,14 @@ Activations and gradients have param_dtype's bytes. Logits are never gathered: t
 (see `model/head.py`).
 
 Proof: tests/test_one_step.py::test_tensor_parallel_equals_one_process; the numbers above:
-tests/test_communication.py::test_tp, tests/test_communication_of_mixtures.py::test_tp.
+tests/test_communication.py::test_tensor_parallel_bytes_equal_formula,
+tests/test_communication_of_mixtures.py::test_tensor_parallel_bytes_equal_formula.
 """
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-)
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, SequenceParallel
 
 from model.args import ModelArgs
 from model.head import Head, HeadCore, loss_in_chunks
@@ -66,8 +63,8 @@ class VocabParallelHead(GatherInput):
 
 
 def gather_input(num_inputs: int) -> PrepareModuleInput:
-    """All-gathers the first of a module's inputs along the sequence, once for all of its matrices. Inside of the module
-    it is a DTensor, so that the matrices' gradients are summed before one reduce-scatter."""
+    """All-gathers the first of a module's inputs along the sequence, once for all of its matrices. The result is a
+    DTensor, so that the matrices' gradients are summed before one reduce-scatter."""
     others = (None,) * (num_inputs - 1)
     return PrepareModuleInput(input_layouts=(Shard(1), *others), desired_input_layouts=(Replicate(), *others))
 
@@ -82,9 +79,9 @@ GROUPED_QUERY_ATTENTION: Plan = {
     "attention.wo":   RowwiseParallel(output_layouts=Shard(1)),
 }  # fmt: skip
 # A rank computes the latents of its part of the sequence and all-gathers them for its heads: they are narrower than
-# the activations. Where queries have no latent, the activations are gathered for them, and the other latent is
-# computed from the whole sequence. (The gradient of the key's RoPE channels, which all heads share, must be summed:
-# without that a run diverges only after a thousand steps, pytorch/torchtitan #1373.)
+# the activations. Where queries have no latent, the activations are all-gathered instead. (The gradient of the key's
+# RoPE channels, which all heads share, must be summed: else a run diverges after a thousand steps, pytorch/torchtitan
+# #1373.)
 LATENT_ATTENTION: Plan = {
     "attention_norm":    SequenceParallel(use_local_output=True),
     "attention":         GatherInput(),
@@ -134,7 +131,7 @@ HEAD: Plan = {"norm": SequenceParallel(use_local_output=True), "output": VocabPa
 
 def parallelize_tensor(stage: nn.Module, mesh: DeviceMesh, *, use_async: bool = False) -> None:
     """Cuts a stage's weights over mesh (tp), in place. use_async lets the compiler split each collective and overlap
-    its parts with the matrix product beside it (CUDA, compiled blocks)."""
+    its parts with the matrix product next to it (CUDA, compiled blocks)."""
     if mesh.size() == 1:
         return  # DTensors would only add their overhead
     for block in stage.blocks().values():
@@ -145,16 +142,15 @@ def parallelize_tensor(stage: nn.Module, mesh: DeviceMesh, *, use_async: bool = 
         apply_plan(stage, mesh, HEAD)
     if stage.tok_embeddings is not None:
         apply_plan(stage, mesh, EMBEDDING)
-        # The reduce-scatter returns a promise (AsyncCollectiveTensor), and a compiled block returns no gradient to a
-        # promise, silently (torch 2.13): the embedding would not be trained. A copy waits for the result.
+        # The reduce-scatter returns a promise (AsyncCollectiveTensor), and a compiled block silently returns no
+        # gradient to a promise (torch 2.13): the embedding would not be trained. A copy waits for the result.
         stage.tok_embeddings.register_forward_hook(lambda module, inputs, output: output.clone())
-    stage.tie_weights()  # each style has made a parameter of its own
+    stage.tie_weights()  # the styles of embedding and head have made two parameters
     if use_async:
         enable_micro_pipelining(mesh.get_group())
 
 
 def block_plan(args: ModelArgs, block: nn.Module) -> Plan:
-    """The plan of one TransformerBlock."""
     attention = GROUPED_QUERY_ATTENTION
     if args.attention == "mla":
         attention = LATENT_ATTENTION_WITH_Q_LORA if args.q_lora_rank else LATENT_ATTENTION
@@ -174,9 +170,18 @@ class VocabParallelCrossEntropy(HeadCore):
         return DTensor.from_local(super().logits(h, weight.to_local()), self.mesh, [Shard(-1)]).full_tensor()
 
     def forward(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        if self.chunk_size == 0:
+            return self.reference(h, weight, labels)
         rows = weight.to_local()
-        vocab_start_index = self.mesh.get_local_rank() * rows.size(0)
-        return loss_in_chunks(h, rows, labels, vocab_start_index, self)
+        return loss_in_chunks(h, rows, labels, self.mesh.get_local_rank() * len(rows), self)
+
+    def reference(self, h: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """`reference_loss` of this rank's part of the tokens, with the whole vocabulary's weight, summed over the
+        ranks: what a fork changes in that function also holds here."""
+        whole = weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        ranks, rank = self.mesh.size(), self.mesh.get_local_rank()
+        loss = self.reference_loss(h.chunk(ranks)[rank], whole, labels.chunk(ranks)[rank])
+        return DTensor.from_local(loss, self.mesh, [Partial()], run_check=False).full_tensor()
 
     def gather(self, stats: Tensor) -> Tensor:
         return DTensor.from_local(stats[None], self.mesh, [Shard(0)], run_check=False).full_tensor()

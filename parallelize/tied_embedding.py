@@ -1,13 +1,15 @@
 """The embedding that two pipeline stages use: as embedding on the first, and on the last as the head (tied embeddings)
 or for multi-token prediction.
 
-The first stage owns the weight and the last stage has a copy. After backward the copy's gradient is added to the
-owner's, and after the optimizer step the owner's value is sent to the copy. So grad norm, optimizer and checkpoint know
-of one weight. Where both stages are on one rank (a V schedule), nothing is sent.
+Idea: the first stage owns the weight, and the last stage has a copy. After backward the copy's gradient is added to the
+owner's. After the optimizer step the owner's value is sent to the copy. So grad norm, optimizer and checkpoint know of
+one weight.
 
-Messages per step: the gradient of a rank's shard to the first stage, and its value back, in the weight's dtype.
+Messages per step: the gradient of a rank's shard to the first stage, and its value back, in the weight's dtype. Where
+both stages are on one rank (a V schedule), nothing is sent.
 
-Proof: tests/test_parity.py::test_layout_equals_one_process, layouts with a pipeline and "tied" or "V3".
+Proof: tests/test_parity.py::test_layout_equals_one_process (layouts with a pipeline and "tied" or "V3"); the messages:
+tests/test_communication.py::test_pipeline_messages_equal_formula.
 """
 
 import torch
@@ -20,8 +22,8 @@ from parallelize.pipeline import V_SCHEDULES
 
 
 class TiedEmbedding:
-    """The weight and its copy, as far as they are on this rank. Does nothing where there is no copy. `reduce_gradient`
-    and `broadcast_weight` are collectives of the pp axis."""
+    """The weight and its copy, where they are on this rank. Does nothing where there is no copy. `reduce_gradient` and
+    `broadcast_weight` are collectives of the pp axis."""
 
     def __init__(self, stages: list[nn.Module], mesh: DeviceMesh, *, schedule: str):
         self.owner = self.copy = None
@@ -63,10 +65,9 @@ class TiedEmbedding:
         """Moves `source` from its rank to the rank where `like` has its shape. Other ranks do nothing."""
         if source is not None and like is not None:
             return source
+        arrived = None if like is None else torch.empty_like(like)
         if source is not None:
             dist.send(source.contiguous(), group=self.group, group_dst=target_rank)
-        if like is not None:
-            arrived = torch.empty_like(like)
+        if arrived is not None:
             dist.recv(arrived, group=self.group, group_src=source_rank)
-            return arrived
-        return None
+        return arrived

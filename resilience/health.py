@@ -17,23 +17,20 @@ from collectives import gather_objects, local_tensor
 
 
 class NonFiniteGuard:
-    """Decides, before the optimizer's step, whether a step may change the weights.
+    """Decides, before the optimizer's step, whether a step may change the weights. max_skipped_steps in a row may be
+    skipped (`skipped` counts all); at the next such step the run ends.
 
-    The grad norm is the same number on all ranks, so all ranks decide alike, and without communication. It is not
-    finite if any rank's gradient or loss is not: a loss that is not finite gives such a gradient
-    (model/transformer.py), and gradients are summed over ranks.
-
-    skipped   the number of skipped steps
+    The grad norm is the same number on all ranks, so all ranks decide alike, and without communication. It is finite
+    only if every rank's gradient and loss are: a loss that is not finite makes its gradient so (model/transformer.py).
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], max_skipped_steps: int):
-        """max_skipped_steps: how many steps in a row may be skipped; at the next such step the run ends."""
         self.parameters, self.max_skipped_steps = parameters, max_skipped_steps
         self.skipped = self.in_a_row = 0
 
     def is_finite(self, step: int, grad_norm: float, loss: Tensor) -> bool:
         """Whether the optimizer may take this step, which is counted from 1; loss is this rank's part. Otherwise the
-        step must be skipped; FloatingPointError on all ranks if too many have been skipped. The weights and the last
+        step must be skipped. FloatingPointError on all ranks if too many have been skipped; the weights and the last
         checkpoint are still good then. Communicates only if the grad norm is not finite."""
         if math.isfinite(grad_norm):
             self.in_a_row = 0
@@ -49,18 +46,13 @@ class NonFiniteGuard:
 
     def _report(self, step: int, grad_norm: float, loss: Tensor) -> str:
         """One sentence that names the ranks and the first parameter that are not finite."""
-        bad = next((name for name, p in self.parameters.items() if not _is_finite(p.grad)), None)
+        gradients = {name: local_tensor(p.grad) for name, p in self.parameters.items() if p.grad is not None}
+        bad = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), None)
         by_rank = gather_objects((loss.item(), bad))
-        losses = [f"rank {rank}'s loss is {value}" for rank, (value, _) in enumerate(by_rank) if value - value != 0]
-        found = next(((rank, name) for rank, (_, name) in enumerate(by_rank) if name), None)
-        parts = [f"step {step}: the gradient's norm is {grad_norm}", *losses[:3]]
-        if found:
-            parts.append(f"the first parameter whose gradient is not finite is {found[1]} (rank {found[0]})")
-        return ", ".join(parts)
-
-
-def _is_finite(grad: Tensor | None) -> bool:
-    return grad is None or bool(torch.isfinite(local_tensor(grad)).all())
+        losses = [f"rank {rank}'s loss is {x}" for rank, (x, _) in enumerate(by_rank) if not math.isfinite(x)]
+        first = "the first parameter whose gradient is not finite is"
+        found = [f"{first} {name} (rank {rank})" for rank, (_, name) in enumerate(by_rank) if name]
+        return ", ".join([f"step {step}: the gradient's norm is {grad_norm}", *losses[:3], *found[:1]])
 
 
 class LossSpikes:

@@ -1,16 +1,13 @@
-"""Starts the process group and chooses this rank's device; orders the ranks of a machine, and compares all ranks."""
+"""Starts the process group and chooses this rank's device."""
 
 import ctypes
 import os
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from collectives import gather_objects
 from errors import ConfigError
 
 
@@ -20,9 +17,9 @@ def rank() -> int:
 
 
 def init_distributed(device: str, timeout_seconds: int) -> torch.device:
-    """Starts the process group that torchrun prepared, or a group of one process without torchrun; returns this rank's
-    device. device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run. A group
-    that exists already is kept, since a process may train several times."""
+    """Starts the process group that torchrun prepared, or one of this process alone, and returns this rank's device.
+    device is "auto", "cpu" or "cuda"; a collective that waits longer than timeout_seconds ends the run. A group that
+    exists is kept, since a process may train several times."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -33,32 +30,30 @@ def init_distributed(device: str, timeout_seconds: int) -> torch.device:
                 f"{num_gpus} processes a machine, or add --job.device cpu."
             )
         torch.cuda.set_device(local_rank)
-    this_device = torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    this_device = torch.device("cuda", local_rank) if device == "cuda" else torch.device("cpu")
     if dist.is_initialized():
         return this_device
-    # GPU runs communicate CPU tensors too: in barriers, and gradients under CPU offload.
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds)
+    store, this, ranks = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, this, ranks = next(dist.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         if os.environ.get("LOCAL_WORLD_SIZE") == str(ranks):
             # torchrun's store outlives a restart of the ranks, and still holds the addresses of the ranks before it.
-            # Several machines do not count restarts alike: they need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead, see
-            # docs/faults.md.
+            # (Several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead: they do not count restarts alike.)
             store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=this, world_size=ranks)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    # GPU runs communicate CPU tensors too: in barriers, and gradients under CPU offload.
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=this, world_size=ranks)
     if device == "cpu":
         _keep_freed_memory()
     return this_device
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc's malloc keep freed memory, as torch's allocator does on a GPU. Every step frees and allocates the
-    same large tensors. By default malloc returns their pages to the kernel, which zeroes them again at the next use:
-    10 to 20 % of a step. Python has no function for this setting, so it goes through ctypes."""
+    """Makes glibc's malloc keep freed memory, as torch's allocator does on a GPU. By default malloc returns the pages
+    of large tensors to the kernel, which zeroes them again at the next use: 10 to 20 % of a step. Python has no
+    function for this setting, so it goes through ctypes."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # not on macOS
         m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
@@ -67,32 +62,10 @@ def _keep_freed_memory() -> None:
 
 
 def set_determinism(seed: int, deterministic: bool) -> None:
-    """Seeds every generator. Training does not draw from them (weights and data come from counters), so all ranks may
-    have the same seed. deterministic makes torch refuse kernels whose result varies from run to run."""
+    """Seeds every generator, which training does not draw from: weights and data come from counters. deterministic
+    makes torch refuse kernels whose result varies from run to run."""
     random.seed(seed)
     torch.manual_seed(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs a workspace of fixed size
         torch.use_deterministic_algorithms(True)
-
-
-@contextmanager
-def first_on_each_machine() -> Iterator[None]:
-    """Lets one rank of each machine run the body first. The other ranks run it afterwards, and find its cache. A
-    collective."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
-    yield
-    if first:
-        dist.barrier()
-
-
-def require_same_on_all_ranks(**texts: str) -> None:
-    """ConfigError unless every rank has the same text under each name. Machines may differ in their files, and ranks
-    that read different data would train on without an error. A collective."""
-    by_rank = gather_objects(texts)
-    for name, text in texts.items():
-        others = [r for r, theirs in enumerate(by_rank) if theirs[name] != text]
-        if others:
-            raise ConfigError(f"{name} differs between ranks: {dist.get_rank()} and {others}; give all the same.")

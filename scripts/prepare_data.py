@@ -18,10 +18,7 @@ from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from hf_stream import HFStream
 
 from config import Data
 from data.prepare import SHARD_BYTES, prepare
@@ -29,6 +26,7 @@ from data.shards import Corpus, TokenShard
 from data.sources import build_source
 from data.tokenizer import build_tokenizer
 from errors import ConfigError
+from scripts.hf_stream import HFStream
 
 
 class Progress:

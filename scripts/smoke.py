@@ -1,16 +1,16 @@
-"""Twenty layouts of the two debug models, one after another: do all of them train alike?
+"""Trains the two debug models in twenty layouts, one after another, and compares each layout with one process.
 
     scripts/smoke_8gpu.sh                                       on all GPUs, or on 8 CPU processes
-    scripts/smoke_8gpu.sh 4 --cpu --dtype float64               on 4 CPU processes, where all are equal to 1e-9
-    python scripts/smoke.py 2 --only 'moe*'                     what the script starts; some of the layouts
+    scripts/smoke_8gpu.sh 4 --cpu --dtype float64               on 4 CPU processes, where all layouts agree to 1e-9
+    python scripts/smoke.py 2 --only 'moe*'                     without the set-up of the script; some of the layouts
 
-Each layout (scripts/smoke_layouts.py) is a whole run of train.py's `main`, in processes of its own: 6 steps of the same
-16 sequences each. What is compared with one process alone, at every step: the loss, the norm of the gradient, and each
-parameter's gradient, as one that is twice what it should be, or another, hides in the norm of all. Then a run of each
-model is stopped twice, and goes on in another layout from its checkpoint, as if nothing were.
+Each layout (scripts/smoke_layouts.py) is a whole run of train.py's `main` in new processes: 6 steps of 16 sequences
+each. Every step is compared in its loss, its grad norm, and the gradient of each parameter, because the norm of the
+whole gradient hides the error of a small one. Then a run of each model is stopped twice, and resumes from its
+checkpoint in another layout each time.
 
-All numbers go to results.json in --folder. A layout that differs is told in the last line, with exit status 1. How far
-apart layouts may be, and why: docs/smoke.md.
+All numbers go to results.json in --folder. If a layout differs, the last line names it, and the exit status is 1.
+docs/smoke.md tells how far layouts may differ, and why.
 """
 
 import argparse
@@ -39,13 +39,14 @@ import train  # noqa: E402
 from config import load_config  # noqa: E402
 from errors import ConfigError  # noqa: E402
 from parallelize.init import held_indices  # noqa: E402
-from parallelize.pipeline import V_SHAPED  # noqa: E402
+from parallelize.pipeline import V_SCHEDULES  # noqa: E402
 from resilience import clean_exit  # noqa: E402
+from torch_private import torch_at_least  # noqa: E402
 
 STEPS, SEQ_LEN = 6, 64
 RECIPES = {"dense": "llama3_debug", "moe": "deepseek_v3_debug"}
 FIRST, LATER = "gradients, step 1", "gradients, later"
-TOLERANCE = {  # of what is computed in a dtype: how far from the reference, relative to it; measured in docs/smoke.md
+TOLERANCE = {  # by model and compute dtype: the largest relative difference from one process; see docs/smoke.md
     ("dense", "bfloat16"): {"loss": 2e-4, "grad_norm": 2e-2, FIRST: 5e-2, LATER: 0.2},
     ("moe", "bfloat16"): {"loss": 2e-4, "grad_norm": 3e-2, FIRST: 0.2, LATER: 2},
     ("dense", "float32"): {"loss": 3e-6, "grad_norm": 5e-4, FIRST: 5e-5, LATER: 1e-2},
@@ -56,14 +57,14 @@ TOLERANCE = {  # of what is computed in a dtype: how far from the reference, rel
 
 
 def measure(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple[float, float]]:
-    """Two numbers of each parameter's gradient, by name, of those that this rank has a part of: its norm, and its
-    product with signs that depend on nothing but the indices. The product tells gradients of the same norm apart: it
-    differs by about as much as the norm of their difference. A collective."""
+    """Two numbers of the gradient of each parameter that this rank has a part of, by name: its norm, and its product
+    with signs that depend on the indices alone. The product distinguishes gradients of the same norm: it differs by
+    about as much as the norm of their difference. A collective."""
     groups = defaultdict(list)
     for name, parameter in parameters.items():
         grad, axes = parameter.grad, ()
         indices = held_indices(grad)
-        if isinstance(grad, DTensor):  # all but one process's that casts no weight
+        if isinstance(grad, DTensor):  # always, except on one process that casts no weight
             axes = tuple((grad.device_mesh, a) for a, p in enumerate(grad.placements) if not p.is_replicate())
             grad = grad.to_local()
         signed = grad = grad.double()
@@ -83,30 +84,30 @@ def measure(parameters: dict[str, torch.nn.Parameter]) -> dict[str, tuple[float,
 
 
 def train_rank(arguments: list[str], output: Path) -> list[dict[str, tuple[float, float]]]:
-    """On each rank: `python train.py ARGUMENTS`, what is printed appended to a file. What each step's gradients
-    `measure`."""
+    """Runs `python train.py ARGUMENTS` on this rank, and appends what it prints to a file. Returns the `measure` of
+    each step's gradients."""
     parameters, measured = {}, []
     build_optimizer, clip_grad_norm = train.build_optimizer, train.clip_grad_norm
 
-    def remembering(named, **options):
+    def build(named, **options):
         parameters.update(named)
         return build_optimizer(named, **options)
 
-    def measuring(clipped, *rest):
+    def clip(clipped, *rest):
         measured.append(measure(parameters))
         return clip_grad_norm(clipped, *rest)
 
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    with clean_exit(), patch.multiple(train, build_optimizer=remembering, clip_grad_norm=measuring):
+    with clean_exit(), patch.multiple(train, build_optimizer=build, clip_grad_norm=clip):
         assert train.main(load_config(arguments)) == 0
     return measured
 
 
 def run(name: str, ranks: int, arguments: list[str], folder: Path) -> list[dict]:
-    """Trains: of each step loss, grad_norm, and gradients, what they `measure` by name, from every rank that knows it.
-    ValueError with the run's own last words if it fails."""
+    """Trains, and returns for each step its loss, its grad_norm, and by parameter the `measure` of its gradient on
+    every rank that has a part of it. ConfigError with the last error line of the run if it fails."""
     folder.mkdir(parents=True, exist_ok=True)
     output, metrics = folder / "output.txt", folder / "metrics.jsonl"
     before = len(metrics.read_text().splitlines()) if metrics.exists() else 0
@@ -114,11 +115,9 @@ def run(name: str, ranks: int, arguments: list[str], folder: Path) -> list[dict]
         by_rank = run_ranks(ranks, train_rank, [*arguments, f"--job.dump_folder={folder}"], output, timeout=600)
     except AssertionError as failure:
         lines = output.read_text().splitlines() if output.exists() else []
-        words = [line for line in lines if line.startswith("error")] or str(failure).splitlines()[-1:]
+        errors = [line for line in lines if line.startswith("error")] or str(failure).splitlines()[-1:]
         print(flush=True)
-        raise ConfigError(
-            f"{name} failed: {words[0].removeprefix('error: ')} (all that it printed: {output})"
-        ) from failure
+        raise ConfigError(f"{name} failed: {errors[0].removeprefix('error: ')} (its output: {output})") from failure
     steps = []
     for line, *measured in zip(metrics.read_text().splitlines()[before:], *by_rank, strict=True):
         names = sorted(set().union(*measured))
@@ -129,7 +128,7 @@ def run(name: str, ranks: int, arguments: list[str], folder: Path) -> list[dict]
 
 
 def differences(steps: list[dict], reference: list[dict]) -> dict[str, tuple[float, str]]:
-    """Of each quantity of TOLERANCE, the largest difference relative to the reference, and where it is."""
+    """For each quantity of TOLERANCE, the largest difference relative to the reference, and its place."""
     worst = {"loss": (0.0, ""), "grad_norm": (0.0, ""), FIRST: (0.0, ""), LATER: (0.0, "")}
 
     def see(quantity: str, difference: float, size: float, where: str) -> None:
@@ -137,7 +136,7 @@ def differences(steps: list[dict], reference: list[dict]) -> dict[str, tuple[flo
         worst[quantity] = max(worst[quantity], (relative if relative == relative else inf, where))
 
     for number, (step, expected) in enumerate(zip(steps, reference, strict=True), 1):
-        for quantity in ("loss", "grad_norm"):  # None: not finite
+        for quantity in ("loss", "grad_norm"):  # metrics.jsonl has null for a number that is not finite
             see(quantity, (step[quantity] or nan) - expected[quantity], expected[quantity], f"step {number}")
         for name in step["gradients"].keys() | expected["gradients"].keys():
             norm, product = expected["gradients"].get(name, [(nan, nan)])[0]
@@ -148,7 +147,7 @@ def differences(steps: list[dict], reference: list[dict]) -> dict[str, tuple[flo
 
 
 def verdict(worst: dict[str, tuple[float, str]], tolerance: dict[str, float]) -> str:
-    """What differs by more than it may; empty if nothing does."""
+    """A text that names each quantity that differs by more than it may, and its place; empty if there is none."""
     return "; ".join(
         f"{quantity} by {worst[quantity][0]:.1e} where {most:.0e} is allowed ({worst[quantity][1]})"
         for quantity, most in tolerance.items()
@@ -175,32 +174,30 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "ranks", nargs="?", type=int, choices=(1, 2, 4, 8), default=most, help="default: all GPUs, or 8"
     )
-    parser.add_argument("--cpu", action="store_true", default=gpus == 0, help="CPU ranks, though there are GPUs")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float64"), default="bfloat16", help="to compute in")
-    parser.add_argument("--only", nargs="+", default=["*"], help="layouts whose names match one of these, as in 'moe*'")
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "smoke", help="for results.json and the runs")
+    parser.add_argument("--cpu", action="store_true", default=gpus == 0, help="CPU processes even if there are GPUs")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32", "float64"), default="bfloat16", help="compute dtype")
+    parser.add_argument("--only", nargs="+", default=["*"], help="patterns of layouts' names, as in 'moe*'")
+    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "smoke", help="results.json and the runs")
     given = parser.parse_args(argv)
-    # Of the ranks. The compiler would start a pool of processes in each; and it makes a lock, which Python's tracker of
-    # resources remarks on at the end.
+    # For the ranks. The compiler would start a pool of processes in each rank. It also makes a lock, of which Python's
+    # resource tracker warns at the end.
     os.environ.update(PYTHONPATH=os.pathsep.join(PATHS), OMP_NUM_THREADS="1")
     os.environ.update(TORCHINDUCTOR_COMPILE_THREADS="1", PYTHONWARNINGS="ignore:resource_tracker")
     plans = [[made] for made in all_layouts(given.ranks)] + all_chains(given.ranks)
     chosen = [plan for plan in plans if any(fnmatch(name_of(plan), pattern) for pattern in given.only)]
     if not chosen:
-        raise ConfigError(
-            f"no layout is named {' or '.join(given.only)}; there are: {' | '.join(map(name_of, plans))}."
-        )
+        raise ConfigError(f"no layout matches {' or '.join(given.only)}; there are: {' | '.join(map(name_of, plans))}.")
     plans = [[reference_layout(model)] for model in RECIPES if any(plan[0].model == model for plan in chosen)] + chosen
     began, references, results = time.perf_counter(), {}, []
     print(f"{'layout':<62} {'loss':>15}  differs in loss, norm, gradients: first, later  seconds")
     for number, plan in enumerate(plans):
         name, model = name_of(plan), plan[0].model
         print(f"{name:<62} ", end="", flush=True)
-        if given.cpu and torch.__version__ < "2.12" and dict(plan[0].options).get(SCHEDULE) in V_SHAPED:
-            print("left out: before torch 2.12 gloo cannot send to its own rank")
+        if given.cpu and not torch_at_least(2, 12) and dict(plan[0].options).get(SCHEDULE) in V_SCHEDULES:
+            print("skipped: before torch 2.12 gloo cannot send to its own rank")
             continue
         folder = given.folder / f"{number:02d}"
-        shutil.rmtree(folder, ignore_errors=True)  # an earlier smoke run's, from which this one would resume
+        shutil.rmtree(folder, ignore_errors=True)  # this run would resume from an earlier one
         start, steps = time.perf_counter(), []
         for i, made in enumerate(plan, 1):
             until = [f"--training.steps={STEPS * i // len(plan)}"]
@@ -215,7 +212,7 @@ def main(argv: list[str]) -> None:
     about = dict(date=str(date.today()), torch=torch.__version__, device=device, ranks=given.ranks, dtype=given.dtype)
     (given.folder / "results.json").write_text(json.dumps(about | dict(seconds=seconds, layouts=results)) + "\n")
     where = f"{given.ranks} x {device}, {given.dtype}, torch {torch.__version__}"
-    print(f"{len(results)} runs on {where}, in {seconds:.0f} s; all numbers: {given.folder / 'results.json'}")
+    print(f"{len(results)} runs on {where}, in {seconds:.0f} s; all numbers are in {given.folder / 'results.json'}")
     wrong = [f"{result['layout']}: {result['wrong']}" for result in results if result["wrong"]]
     if wrong:
         raise ConfigError(f"{len(wrong)} of {len(results)} runs differ from one process: {' | '.join(wrong)}")

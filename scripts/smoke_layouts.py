@@ -1,6 +1,7 @@
-"""The layouts of scripts/smoke.py: twenty, of the two debug models; each has something that no other has.
+"""The twenty layouts of scripts/smoke.py, of the two debug models; each has a feature that no other layout has.
 
-FSDP takes the ranks that a layout leaves. With fewer than 8 ranks, its largest degree is halved until all fit.
+FSDP takes the ranks that a layout leaves. With fewer than 8 ranks, the largest degree of a layout is halved until the
+layout fits.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from helpers.layouts import SHORT
 GLOBAL_BATCH = 16  # sequences a step
 SCHEDULE, METHOD = "parallelism.pipeline_parallel_schedule", "parallelism.context_parallel_method"
 RECOMPUTE, COMPILE = "activation_checkpoint.mode", "compile.enable"
-TOLD = {  # option and value: how a layout's name says it, where not by the value
+LABELS = {  # (option, value): its text in a layout's name, where that is not the value
     (RECOMPUTE, "full"): "all recomputed",
     (RECOMPUTE, "selective"): "some recomputed",
     (COMPILE, "true"): "compiled",
@@ -21,8 +22,8 @@ TOLD = {  # option and value: how a layout's name says it, where not by the valu
 @dataclass(frozen=True)
 class Layout:
     model: str
-    degrees: tuple[tuple[str, int], ...]  # by short name; FSDP takes the ranks that are left
-    accumulation: int  # into how many microbatches a rank's share of the step is cut
+    degrees: tuple[tuple[str, int], ...]  # by short name
+    accumulation: int  # number of microbatches of a rank per step
     options: tuple[tuple[str, str], ...]
 
     @property
@@ -32,7 +33,7 @@ class Layout:
     @property
     def name(self) -> str:
         degrees = ", ".join(f"{axis} {n}" for axis, n in self.degrees if n > 1)
-        extras = [TOLD.get(setting, setting[1]) for setting in self.options]
+        extras = [LABELS.get(setting, setting[1]) for setting in self.options]
         extras += [f"{self.accumulation} accumulations"] if self.accumulation > 1 else []
         return ", ".join([degrees or "alone", *extras])
 
@@ -45,8 +46,8 @@ class Layout:
 
 
 def layout(model: str, ranks: int, pp=1, replicate=1, cp=1, tp=1, ep=1, accumulation=1, **options: str) -> Layout:
-    """As near as ranks allow. Of equal degrees tensor parallelism's is halved first, and the pipeline's last, as these
-    differ the most."""
+    """The layout, with degrees halved until they fit the ranks. Of equal degrees tensor parallelism's is halved first,
+    the pipeline's last, because the layouts with a pipeline differ most from each other."""
     degrees = dict(tp=tp, cp=cp, replicate=replicate, pp=pp)
     while ranks % prod(degrees.values()):
         degrees[max(degrees, key=degrees.get)] //= 2
@@ -55,8 +56,8 @@ def layout(model: str, ranks: int, pp=1, replicate=1, cp=1, tp=1, ep=1, accumula
         ep //= 2
     degrees["ep"] = ep
     named = {"schedule": SCHEDULE, "method": METHOD, "recompute": RECOMPUTE, "compile": COMPILE}
-    useless = {"schedule": degrees["pp"] == 1, "method": degrees["cp"] == 1}
-    kept = tuple((named[key], value) for key, value in options.items() if not useless.get(key))
+    without_effect = {"schedule": degrees["pp"] == 1, "method": degrees["cp"] == 1}
+    kept = tuple((named[key], value) for key, value in options.items() if not without_effect.get(key))
     return Layout(model, tuple((axis, degrees[axis]) for axis in SHORT), accumulation, kept)
 
 
@@ -65,7 +66,7 @@ def reference_layout(model: str) -> Layout:
 
 
 def all_layouts(ranks: int) -> list[Layout]:
-    """Each once, also where fewer ranks make several the same."""
+    """Each layout once, even if several become the same on fewer ranks."""
     dense = [
         dict(),
         dict(replicate=8),
@@ -95,7 +96,7 @@ def all_layouts(ranks: int) -> list[Layout]:
 
 
 def all_chains(ranks: int) -> list[list[Layout]]:
-    """Runs that are stopped after a third and two thirds of their steps, and go on in the next layout."""
+    """Runs that are stopped after a third and after two thirds of their steps, and resume in the next layout."""
     return [
         [
             layout("dense", ranks),

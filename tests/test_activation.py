@@ -1,38 +1,42 @@
-"""What is recomputed is computed right, what is kept is what the docstring says, and nothing dear is done twice."""
+"""Activation checkpointing: recomputed values are right, kept bytes are the docstring's, and nothing expensive runs
+twice."""
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.blocks import (
+    ARGS,
+    BATCH,
+    SEQ,
+    run_blocks,
+    shard_blocks,
+    stream,
+    tokens_and_positions,
+    whole_gradients,
+)
 from helpers.ranks import run_ranks
+from helpers.runs import argv
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model import ModelArgs, Transformer
-from model.rope import rope_cos_sin
-from parallelize.activation import apply_activation_checkpointing
+import limits
+from config import load_config
+from model import Transformer
+from parallelize import ParallelDims, apply_activation_checkpointing
 
-ARGS = ModelArgs(dim=32, n_layers=4, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
-BATCH, SEQ = 2, 16
-ROPE = rope_cos_sin(torch.arange(SEQ).expand(BATCH, SEQ), ARGS)
-MODES = {  # name: (mode, selective)
-    "none": ("none", "op"),
-    "full": ("full", "op"),
-    "op": ("selective", "op"),
-    "every second": ("selective", "2"),
+MODES = {
+    "none": dict(mode="none", selective_option="op"),
+    "full": dict(mode="full", selective_option="op"),
+    "op": dict(mode="selective", selective_option="op"),
+    "every second": dict(mode="selective", selective_option="2"),
 }
 
 
@@ -63,32 +67,13 @@ class Watch(TorchDispatchMode):
 def build(name: str, dtype=torch.float64) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ARGS).to(dtype)
-    mode, selective = MODES[name]
-    apply_activation_checkpointing(model, mode=mode, selective=selective, memory_budget=1.0)
+    apply_activation_checkpointing(model, **MODES[name])
     return model
 
 
-def tokens_and_positions():
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(ARGS.vocab_size, (BATCH, SEQ), generator=generator)
-    return tokens, torch.arange(SEQ).expand(BATCH, SEQ)
-
-
-def run_blocks(model, x):
-    cos, sin = ROPE
-    for block in model.layers.values():
-        x, _ = block(x, cos, sin)
-    return x
-
-
-def stream(dtype=torch.float64):
-    # Cast and not drawn in dtype: torch draws other numbers for other types.
-    return torch.randn(BATCH, SEQ, ARGS.dim, generator=torch.Generator().manual_seed(2)).to(dtype)
-
-
 @pytest.mark.parametrize("name", ["full", "op", "every second"])
-def test_recomputed_gradients_are_the_same(name):
-    """To the last bit, as is the loss; and no parameter has another name."""
+def test_recomputed_gradients_equal_kept_ones(name):
+    """Loss and gradients are equal to the last bit, and no parameter changes its name."""
     results = []
     for model in (build("none"), build(name)):
         loss = model(*tokens_and_positions()).square().mean()
@@ -99,8 +84,8 @@ def test_recomputed_gradients_are_the_same(name):
     assert all(torch.equal(gradients[n], recomputed[n]) for n in gradients)
 
 
-def test_bytes_kept_are_those_of_the_docstring():
-    """Per block and token in bfloat16, on memory that is really alive after forward."""
+def test_bytes_kept_equal_docstring():
+    """Bytes per block and token in bfloat16, of the memory that is really alive after forward."""
     kept = {}
     for name in MODES:
         model, x = build(name, torch.bfloat16), stream(torch.bfloat16).requires_grad_()
@@ -118,7 +103,7 @@ def test_bytes_kept_are_those_of_the_docstring():
     assert kept["every second"] == inner / 2 + inputs["every second"] * 2 * d
 
 
-def test_what_runs_again_in_backward():
+def test_backward_recomputes_what_docstring_says():
     """full: attention and six of the seven matrix products of every block; every second: of half of the blocks; op: no
     attention, and three products."""
     again = {}
@@ -132,16 +117,16 @@ def test_what_runs_again_in_backward():
     assert again == {"none": (0, 0), "full": (n, 6 * n), "op": (0, 3 * n), "every second": (n // 2, 6 * n // 2)}
 
 
-def test_blocks_are_counted_in_the_whole_model():
-    """A pipeline stage recomputes those of its blocks that the whole model would."""
+def test_every_nth_block_counts_blocks_of_the_whole_model():
+    """A pipeline stage recomputes the blocks that the whole model would."""
     stage = Transformer(ARGS)
     for i in ("0", "2"):
         del stage.layers[i]
-    apply_activation_checkpointing(stage, mode="selective", selective="4", memory_budget=1.0)
+    apply_activation_checkpointing(stage, mode="selective", selective_option="4")
     assert ["forward" in vars(block) for block in stage.layers.values()] == [False, True]  # 1 and 3
 
 
-def test_a_copy_recomputes_with_its_own_weights():
+def test_copied_model_recomputes_with_its_weights():
     """A deep copy of a model does not call the original's blocks."""
     model = build("op")
     copied = copy.deepcopy(model)
@@ -152,64 +137,37 @@ def test_a_copy_recomputes_with_its_own_weights():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "mode, option, message",
     [
-        (dict(mode="ful"), 'mode ("ful") must be "none", "full", "selective" or "memory_budget".'),
-        (dict(mode="selective", selective="5"), '("5") must be "op" or a number n from 1 to 4 (model.n_layers)'),
-        (dict(mode="selective", selective="0"), '("0") must be'),
-        (dict(mode="selective", selective="-1"), '("-1") must be'),
-        (dict(mode="selective", selective="ops"), '("ops") must be'),
-        (dict(mode="memory_budget", memory_budget=1.5), "memory_budget (1.5) must be from 0 to 1."),
-        (dict(mode="memory_budget", memory_budget=float("nan")), "memory_budget (nan) must be"),
+        ("ful", "op", "activation_checkpoint.mode: expected"),
+        ("selective", "5", '("5") must be "op" or a number n from 1 to 4 (model.n_layers)'),
+        ("selective", "0", '("0") must be'),
+        ("selective", "-1", '("-1") must be'),
+        ("selective", "ops", '("ops") must be'),
+        ("memory_budget", "1.5", '("1.5") must be a number from 0 to 1'),
+        ("memory_budget", "nan", '("nan") must be a number from 0 to 1'),
     ],
 )
-def test_what_is_refused(options, message):
-    """In one line that holds what was given and what is allowed; no block has been changed."""
-    model = Transformer(ARGS)
+def test_activation_checkpointing_rejects_impossible_option(mode, option, message):
+    """The error is one line, with the value that was given and the values that are allowed."""
+    mesh, options = SimpleNamespace(degrees=ParallelDims()), dict(mode=mode, selective_option=option)
     with pytest.raises(ValueError) as error:
-        apply_activation_checkpointing(model, **(dict(selective="op", memory_budget=0.5) | options))
+        config = load_config(argv({f"activation_checkpoint.{name}": value for name, value in options.items()}))
+        raise ValueError(next(limits.recomputation(config, ARGS, mesh, None), ""))
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not any("forward" in vars(block) for block in model.layers.values())
-
-
-def cut(block, mesh) -> None:
-    """Tensor and sequence parallelism of one block."""
-    plan = {
-        "attention_norm": SequenceParallel(),
-        "attention": PrepareModuleInput(
-            input_layouts=(Shard(1), None, None, None), desired_input_layouts=(Replicate(), None, None, None)
-        ),
-        "attention.wq": ColwiseParallel(),
-        "attention.wk": ColwiseParallel(),
-        "attention.wv": ColwiseParallel(),
-        "attention.wo": RowwiseParallel(output_layouts=Shard(1)),
-        "ffn_norm": SequenceParallel(),
-        "feed_forward": PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)),
-        "feed_forward.w1": ColwiseParallel(),
-        "feed_forward.w3": ColwiseParallel(),
-        "feed_forward.w2": RowwiseParallel(output_layouts=Shard(1)),
-    }
-    parallelize_module(block, mesh, plan)
-
-
-def whole_gradients(model) -> dict:
-    gradients = {n: p.grad for n, p in model.layers.named_parameters()}
-    return {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
 
 
 def _on_two_ranks(layout: str):
     """Every mode under tensor parallelism or FSDP: what ran in backward, and the gradients."""
     dist.init_process_group("gloo")
     mesh, results = init_device_mesh("cpu", (2,)), {}
-    for name in MODES:
+    for name, options in MODES.items():
         torch.manual_seed(0)
-        model, (mode, selective) = Transformer(ARGS).double(), MODES[name]
-        x = stream()
+        model, x = Transformer(ARGS).double(), stream()
         if layout == "tp":
             x = x.chunk(2, dim=1)[dist.get_rank()]
-            for block in model.layers.values():
-                cut(block, mesh)
-        apply_activation_checkpointing(model, mode=mode, selective=selective, memory_budget=1.0)
+            shard_blocks(model, mesh)
+        apply_activation_checkpointing(model, **options)
         if layout == "fsdp":
             for block in model.layers.values():
                 fully_shard(block, mesh=mesh)
@@ -222,7 +180,7 @@ def _on_two_ranks(layout: str):
 
 
 @pytest.mark.parametrize("layout", ["tp", "fsdp"])
-def test_recomputation_on_two_ranks(layout):
+def test_recomputation_on_two_ranks_equals_one_process(layout):
     """Gradients are one process's. Under tensor parallelism "op" repeats no collective, and full those of the block's
     forward but its last."""
     reference = build("none")

@@ -1,15 +1,17 @@
-"""What a parallelism sends in a step is what its docstring says: every collective, and the bytes of each.
+"""Each parallelism sends in a step what its docstring says: every collective, and the bytes of each.
 
-Each formula stands here as a function of its docstring's symbols; traffic.py counts, and says what is counted. Mixtures
-of experts: test_communication_of_mixtures.py.
+Each formula is here as a function of its docstring's symbols; helpers/traffic.py counts, and says how. FSDP shards with
+its collectives on a fake process group, and with the direct messages of training/gloo.py on gloo ranks. Mixtures of
+experts: test_communication_of_mixtures.py.
 """
 
 from collections import Counter
 
 import pytest
-import torch
 from helpers.runs import options
 from helpers.traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
+
+from torch_private import torch_at_least
 
 DIM, L, F, V, H, K, SEQ, BATCH = 64, 3, 96, 272, 8, 4, 32, 8  # V: vocabulary; BATCH: sequences a step, of all ranks
 D = DIM // H  # size of a head
@@ -89,7 +91,7 @@ def of_cp_allgather(C: int, tokens: int, M: int, K: int = K, b: int = 8) -> Coun
 
 
 def of_cp_alltoall(C: int, tokens: int, M: int, H: int = H, K: int = K, b: int = 8) -> Counter:
-    """parallelize/context.py: one exchange of queries, keys and values, one of the result; and back."""
+    """parallelize/context.py: one all-to-all of queries, keys and values, one of the result; and back."""
     there = tokens * (H + 2 * K) * D * (C - 1) // C * b
     back = tokens * H * D * (C - 1) // C * b
     return Counter({("all-to-all", "cp", there): 2 * L * M}) + Counter({("all-to-all", "cp", back): 2 * L * M})
@@ -100,9 +102,9 @@ def of_cp_alltoall(C: int, tokens: int, M: int, H: int = H, K: int = K, b: int =
 
 @pytest.mark.parametrize("freed", [True, False])
 @pytest.mark.parametrize("M", [1, 2])
-def test_fsdp(step, freed, M):
+def test_fsdp_bytes_equal_formula(step, freed, M):
     """Each group of weights is gathered once for forward and, if freed, again for backward, and its gradients are
-    reduce-scattered, in every microbatch; weights and gradients have bytes of their own."""
+    reduce-scattered, in every microbatch, in other bytes per element."""
     [traffic] = step(
         4, mixed=True, training__local_batch_size=BATCH // 4 // M,
         parallelism__fsdp_reshard_after_forward="always" if freed else "never",
@@ -110,40 +112,40 @@ def test_fsdp(step, freed, M):
     require(traffic, of_fsdp(N=4, M=M, b=2, s=4, freed=freed), of_the_step(loss=4, fsdp=4, b=4))
 
 
-def test_fsdp_of_weights_that_do_not_divide(step):
+def test_fsdp_bytes_of_uneven_weights_equal_formula(step):
     """Rows are rounded up to a multiple of the ranks: 60 and 268 of them for 8."""
     sizes = {**SIZES, **options(model__hidden_dim=60, model__vocab_size=268)}
     [traffic] = step(8, sizes=sizes)
     require(traffic, of_fsdp(N=8, F=60, V=268), of_the_step(loss=8, fsdp=8))
 
 
-def test_fsdp_with_a_tied_embedding(step):
-    """It is in the root's group, with the last norm, and gathered once."""
+def test_fsdp_bytes_of_tied_embedding_equal_formula(step):
+    """A tied embedding is in the stage's group, with the last norm, and all-gathered once."""
     [traffic] = step(4, model__tie_embeddings="true", training__local_batch_size=2)
     require(traffic, of_fsdp(N=4, groups=TIED), of_the_step(loss=4, fsdp=4))
 
 
-def test_hsdp(step):
-    """Gradients' shards are summed over the copies of the model once a step, whatever the number of microbatches."""
+def test_hsdp_bytes_equal_formula(step):
+    """Gradient shards are all-reduced over the replicas once a step, for any number of microbatches."""
     [traffic] = step(8, mixed=True, parallelism__data_parallel_replicate_degree=2, training__global_batch_size=16)
     require(traffic, of_fsdp(N=4, R=2, M=2, b=2, s=4), of_the_step(loss=8, fsdp=4, b=4))
 
 
-def test_replication(step):
+def test_replication_bytes_equal_formula(step):
     """Plain data parallelism: one all-reduce of each group's gradients a step, and nothing is gathered."""
     [traffic] = step(4, parallelism__data_parallel_replicate_degree=4, training__local_batch_size=1)
     require(traffic, of_fsdp(N=1, R=4, M=2), of_the_step(loss=4, fsdp=1))
 
 
 @pytest.mark.parametrize("T", [2, 4])
-def test_tensor_parallelism(step, T):
+def test_tensor_parallel_bytes_equal_formula(step, T):
     """8 L + 4 large collectives a microbatch, the loss's numbers, and a sum for each norm's gradient."""
     [traffic] = step(T, parallelism__tensor_parallel_degree=T, training__local_batch_size=4)
     require(traffic, of_tp(T, A=4 * SEQ * DIM, M=2), of_the_step(loss=1, fsdp=1, tp=T))
 
 
-def test_tensor_parallelism_in_mixed_precision_with_a_loss_in_chunks(step):
-    """Activations and norms' gradients have bfloat16's bytes, the loss's numbers float32's, one message a chunk."""
+def test_tensor_parallel_bytes_in_mixed_precision_equal_formula(step):
+    """Activations and norms' gradients have 2 bytes, the loss's numbers 4, with one all-gather for each chunk."""
     [traffic] = step(
         2, mixed=True, parallelism__tensor_parallel_degree=2, training__local_batch_size=8, training__loss_chunk_size=96
     )
@@ -151,17 +153,18 @@ def test_tensor_parallelism_in_mixed_precision_with_a_loss_in_chunks(step):
     require(traffic, tp, of_the_step(loss=1, fsdp=1, tp=2, b=4))
 
 
-def test_tensor_parallelism_with_fsdp(step):
-    """The two do not add to each other: FSDP moves what TP leaves of a weight."""
+def test_tensor_parallel_with_fsdp_bytes_equal_formula(step):
+    """FSDP communicates the part of a weight that tensor parallelism leaves; tensor parallelism sends the same as
+    alone."""
     [traffic] = step(8, parallelism__tensor_parallel_degree=2, training__local_batch_size=1)
     tp, fsdp = of_tp(2, A=SEQ * DIM, M=2), of_fsdp(N=4, M=2, T=2)
     require(traffic, tp, fsdp, of_the_step(loss=4, fsdp=4, tp=2))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 8, 1])
-def test_context_parallelism_by_gathering(step, kv_heads):
-    """Keys and values in one message a layer, their gradients in another; the fewer heads, the less. FSDP's axis holds
-    the context ranks too."""
+def test_context_parallel_allgather_bytes_equal_formula(step, kv_heads):
+    """Per layer one all-gather of keys and values, and one reduce-scatter of their gradients, smaller with fewer heads.
+    FSDP's axis holds the context ranks too."""
     [traffic] = step(
         4, model__n_kv_heads=kv_heads, training__local_batch_size=4, parallelism__context_parallel_degree=4
     )
@@ -170,8 +173,8 @@ def test_context_parallelism_by_gathering(step, kv_heads):
 
 
 @pytest.mark.parametrize("kv_heads", [4, 8])
-def test_context_parallelism_by_exchanging_heads(step, kv_heads):
-    """Queries, keys and values in one message a layer, the result in another; their gradients in two more."""
+def test_context_parallel_alltoall_bytes_equal_formula(step, kv_heads):
+    """Per layer one all-to-all of queries, keys and values, and one of the result; two more of their gradients."""
     [traffic] = step(
         4, model__n_kv_heads=kv_heads, training__local_batch_size=4, parallelism__context_parallel_degree=4,
         parallelism__context_parallel_method="alltoall",
@@ -181,9 +184,9 @@ def test_context_parallelism_by_exchanging_heads(step, kv_heads):
 
 
 @pytest.mark.parametrize("method", ["allgather", "alltoall"])
-def test_everything_but_the_pipeline_at_once(step, method):
-    """Copies, FSDP, context and tensor parallelism: each moves what it moves alone, of what the others leave a rank:
-    heads over tp, the sequence over cp, weights over tp."""
+def test_all_axes_except_pipeline_bytes_equal_formula(step, method):
+    """With replicas, FSDP, context and tensor parallelism, each moves what it moves alone, of the part that the others
+    leave to a rank: heads and weights are cut by tp, the sequence by cp."""
     [traffic] = step(
         16, mixed=True, training__local_batch_size=1,
         parallelism__data_parallel_replicate_degree=2, parallelism__context_parallel_degree=2,
@@ -205,11 +208,11 @@ def test_everything_but_the_pipeline_at_once(step, method):
         ("ZBVZeroBubble", True, [[0, 3], [1, 2]]),
     ],
 )
-def test_pipeline(step, schedule, tied, stages):
-    """A stream and a gradient for each microbatch and each border between ranks, whatever the schedule; once a step,
-    where embedding and head are one weight on two ranks, its gradient to the owner and its value back."""
+def test_pipeline_messages_equal_formula(step, schedule, tied, stages):
+    """For each microbatch and each border between ranks, one activation and one gradient, under any schedule. Where the
+    tied embedding is on two ranks: once a step its gradient to the owner and its value back."""
     is_v = 0 in stages[0] and 3 in stages[0]
-    if is_v and torch.__version__ < "2.12":
+    if is_v and not torch_at_least(2, 12):
         pytest.skip("gloo cannot send to its own rank before torch 2.12")
     by_rank = step(
         2, gloo=True, model__n_layers=4, model__tie_embeddings=str(tied).lower(),
@@ -223,9 +226,9 @@ def test_pipeline(step, schedule, tied, stages):
         require(traffic, pp, weight, of_the_step(loss=1, pp=2))
 
 
-def test_pipeline_with_fsdp(step):
-    """A stage's weights are gathered once for all microbatches of a schedule, and its gradients scattered once. On
-    gloo, FSDP's collectives are messages to and from each other rank, of the same bytes."""
+def test_fsdp_communicates_once_per_pipeline_schedule(step):
+    """A stage's weights are all-gathered once for all microbatches of a schedule, and its gradients reduce-scattered
+    once. On gloo, direct messages to and from each other rank of the same bytes replace FSDP's collectives."""
     by_rank = step(4, gloo=True, training__local_batch_size=4, parallelism__pipeline_parallel_degree=2)
     for rank, traffic in enumerate(by_rank):
         pp = of_pp([rank // 2], [[0], [1]], M=4, size=SEQ * DIM * 8)

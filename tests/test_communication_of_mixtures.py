@@ -1,19 +1,20 @@
-"""What DeepSeek-V3's parts send in a step is what the docstrings say: latent attention, mixtures of experts and
-multi-token prediction, under every parallelism. See test_communication.py, and traffic.py for what is counted.
+"""DeepSeek-V3's parts send in a step what the docstrings say: latent attention, mixtures of experts and multi-token
+prediction, under every parallelism. See test_communication.py, and helpers/traffic.py for what is counted.
 
-All experts get equally many tokens here, but in the test of the routing as it is.
+All experts get equally many tokens, except in the test with real routing.
 """
 
 from collections import Counter
 
 import pytest
-import torch
 from helpers.runs import options
 from helpers.traffic import MIXED, as_messages, collective, of_group, of_pp, require, rounded_up, run_step
 
+from torch_private import torch_at_least
+
 DIM, F, V, H, SEQ, BATCH = 64, 96, 272, 8, 32, 8
-L, DEPTH, MIXTURES = 2, 1, 2  # blocks, the first of them dense; one further token, by a mixture too
-E, K, WIDTH = 8, 2, 32  # experts, those of a token, the channels of one
+L, DEPTH, MIXTURES = 2, 1, 2  # blocks, the first of them dense; MTP layers; mixtures of experts among both
+E, K, WIDTH = 8, 2, 32  # experts, experts per token, hidden channels of an expert
 Q_LATENT, KV_LATENT, NOPE, ROPE, D_V = 32, 16, 8, 4, 8
 SIZES = options(
     model__dim=DIM, model__n_layers=L, model__hidden_dim=F, model__vocab_size=V, model__n_heads=H, model__n_kv_heads=H,
@@ -64,7 +65,7 @@ def attention_shapes(T: int, compresses: bool) -> list[tuple[int, ...]]:
     return [*q, *kv, (DIM, H * D_V // T)]
 
 
-def groups_of_weights(N: int, T: int, E_p: int, apart: bool, compresses: bool = True) -> dict[str, int]:
+def groups_of_weights(N: int, T: int, E_p: int, separate: bool, compresses: bool = True) -> dict[str, int]:
     """FSDP's groups: the elements that a tp rank has of each, with rows rounded up to a multiple of N."""
 
     def feed_forward(width: int) -> list[tuple[int, ...]]:
@@ -75,8 +76,8 @@ def groups_of_weights(N: int, T: int, E_p: int, apart: bool, compresses: bool = 
     mixture = rounded_up(N, [*common, (E, DIM), *feed_forward(WIDTH)])
     return {
         "dense": rounded_up(N, [*common, *feed_forward(F)]),
-        "mixture": mixture + (0 if apart else experts),
-        "experts": experts if apart else 0,
+        "mixture": mixture + (0 if separate else experts),
+        "experts": experts if separate else 0,
         "mtp": rounded_up(N, [(DIM,), (DIM,), (DIM,), (DIM, 2 * DIM)]),
         "embedding": rounded_up(N, [(V // T, DIM)]),
         "head": rounded_up(N, [(V // T, DIM), (DIM,)]),
@@ -168,9 +169,9 @@ def of_cp(method: str, C: int, tokens: int, M: int, H: int = H, b: int = 8) -> C
 
 
 @pytest.mark.parametrize("freed", [True, False])
-def test_fsdp(step, freed):
-    """Experts belong to their block's group while their ranks are the same; what multi-token prediction has besides its
-    block is a group. Embedding and head are gathered once for all depths."""
+def test_fsdp_bytes_equal_formula(step, freed):
+    """Experts belong to their block's group while efsdp equals fsdp; the norms and projection of MTP are a group.
+    Embedding and head are all-gathered once for all depths."""
     [traffic] = step(
         4,
         mixed=True,
@@ -181,9 +182,9 @@ def test_fsdp(step, freed):
 
 
 @pytest.mark.parametrize("E_p", [2, 4])
-def test_expert_parallelism(step, E_p):
-    """Rows travel twice in forward and twice in backward, after a message of counts; what is left of the ranks shares
-    the experts' weights, in a group of their own."""
+def test_expert_parallel_bytes_equal_formula(step, E_p):
+    """Rows travel twice in forward and twice in backward, after an all-to-all of counts. The ranks that are left shard
+    the experts' weights, as a separate group."""
     [traffic] = step(4, mixed=True, training__local_batch_size=1, parallelism__expert_parallel_degree=E_p)
     fsdp = of_fsdp(N=4, M=2, E_p=E_p, efsdp=4 // E_p, b=2, s=4)
     require(
@@ -191,8 +192,8 @@ def test_expert_parallelism(step, E_p):
     )
 
 
-def test_expert_parallelism_with_recomputation(step):
-    """A recomputed block sends its rows, and the counts, once more; no weights are gathered for that."""
+def test_expert_parallel_bytes_with_recomputation_equal_formula(step):
+    """A recomputed block sends its rows, and the counts, once more; no weights are all-gathered for it."""
     [traffic] = step(
         4, training__local_batch_size=2, parallelism__expert_parallel_degree=2, activation_checkpoint__mode="full"
     )
@@ -205,9 +206,9 @@ def test_expert_parallelism_with_recomputation(step):
 
 
 @pytest.mark.parametrize("compresses", [True, False])
-def test_tensor_parallelism(step, compresses):
-    """Of latent attention only the latents are gathered, and the stream where queries have none. Experts are not cut:
-    all ranks share their weights. Counts are summed over tp for the balance loss."""
+def test_tensor_parallel_bytes_equal_formula(step, compresses):
+    """Latent attention all-gathers only the latents, or the activations where queries have no latent. Experts are not
+    cut: FSDP shards them over all ranks. Counts are summed over tp for the balance loss."""
     [traffic] = step(
         2, parallelism__tensor_parallel_degree=2, training__local_batch_size=4, model__balance_loss_weight=0.01,
         model__q_lora_rank=Q_LATENT if compresses else 0,
@@ -219,8 +220,8 @@ def test_tensor_parallelism(step, compresses):
 
 
 @pytest.mark.parametrize("method", ["latent", "allgather", "alltoall"])
-def test_context_parallelism(step, method):
-    """Per block: latents, or the keys and values made from them, or heads, in both directions."""
+def test_context_parallel_bytes_equal_formula(step, method):
+    """Per block, in both directions: latents, or the keys and values made from them, or heads."""
     [traffic] = step(
         4, training__local_batch_size=4, parallelism__context_parallel_degree=4,
         parallelism__context_parallel_method=method, model__balance_loss_weight=0.01,
@@ -230,8 +231,8 @@ def test_context_parallelism(step, method):
 
 
 @pytest.mark.parametrize("method", ["latent", "alltoall"])
-def test_everything_but_the_pipeline_at_once(step, method):
-    """Copies, FSDP, context, tensor and expert parallelism: each moves what it would alone, of what is left."""
+def test_all_axes_except_pipeline_bytes_equal_formula(step, method):
+    """With replicas, FSDP, context, tensor and expert parallelism, each moves what it moves alone, of what is left."""
     [traffic] = step(
         16, mixed=True, training__local_batch_size=1, parallelism__data_parallel_replicate_degree=2,
         parallelism__context_parallel_degree=2, parallelism__tensor_parallel_degree=2,
@@ -247,8 +248,9 @@ def test_everything_but_the_pipeline_at_once(step, method):
     )  # fmt: skip
 
 
-def test_routing_as_it_is(step):
-    """Rows that come from others there, and results that come from them back; in backward the gradients of each."""
+def test_expert_parallel_bytes_follow_real_routing(step):
+    """Rows come from the other ranks, and their results go back; in backward the gradients of both. A rank receives the
+    rows that the router sent to it, not an equal share."""
     for traffic in step(2, gloo=True, training__local_batch_size=4, parallelism__expert_parallel_degree=2):
         assert len(traffic.rows) == MIXTURES and len({n for pair in traffic.rows for n in pair}) > 1
         exchanged = collective("all-to-all", "ep", E * 8, 2, MIXTURES)
@@ -260,11 +262,12 @@ def test_routing_as_it_is(step):
 
 
 @pytest.mark.parametrize("schedule, stages", [("1F1B", [[0], [1]]), ("ZBVZeroBubble", [[0, 3], [1, 2]])])
-def test_pipeline(step, schedule, stages):
-    """The last stage looks up further tokens, so that a copy of the embedding costs what a tied one does: its gradient
-    to the owner and its value back, once a step; nothing where one rank has both. Counts are of a rank's own layers."""
+def test_pipeline_messages_equal_formula(step, schedule, stages):
+    """The last stage looks up the tokens of MTP, so its copy of the embedding costs what a tied embedding does: once a
+    step its gradient to the owner and its value back; nothing where one rank has both. Counts are of a rank's
+    layers."""
     is_v = len(stages[0]) == 2
-    if is_v and torch.__version__ < "2.12":
+    if is_v and not torch_at_least(2, 12):
         pytest.skip("gloo cannot send to its own rank before torch 2.12")
     by_rank = step(
         2, gloo=True, training__local_batch_size=4, parallelism__pipeline_parallel_degree=2,

@@ -1,24 +1,35 @@
-"""Compiled blocks compute the same, and are compiled once: not per layer, not again at a later step."""
+"""Compiled blocks compute the same as eager ones, and are compiled once: not per layer, not again at a later step."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.blocks import (
+    ARGS,
+    BATCH,
+    ROPE,
+    SEQ,
+    run_blocks,
+    shard_blocks,
+    stream,
+    tokens_and_positions,
+    whole_gradients,
+)
 from helpers.ranks import run_ranks
-from test_activation import ARGS, BATCH, ROPE, SEQ, cut, run_blocks, stream, tokens_and_positions, whole_gradients
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from model import Transformer
-from parallelize.activation import apply_activation_checkpointing
-from parallelize.compile import apply_compile
+from parallelize import apply_activation_checkpointing, apply_compile
+from torch_private import set_activation_memory_budget
 
-RECOMPUTATION = {  # name: (mode, selective)
-    "none": ("none", "op"),
-    "full": ("full", "op"),
-    "op": ("selective", "op"),
-    "memory_budget": ("memory_budget", "op"),
+RECOMPUTATION = {
+    "none": dict(mode="none", selective_option="op"),
+    "full": dict(mode="full", selective_option="op"),
+    "op": dict(mode="selective", selective_option="op"),
+    "memory_budget": dict(mode="memory_budget", selective_option="0.5"),
 }
+OPTIONS = dict(enable=True, param_dtype=torch.float32, separate_experts=False)
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +37,14 @@ def nothing_compiled_yet():
     torch._dynamo.reset()
     counters.clear()
     yield
-    torch._functorch.config.activation_memory_budget = 1.0
+    set_activation_memory_budget(1.0)
 
 
-def build(backend: str | None, name: str = "none", budget: float = 0.5, dtype=torch.float32) -> Transformer:
+def build(backend: str | None, name: str = "none", dtype=torch.float32, **changes: str) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(ARGS).to(dtype)
-    mode, selective = RECOMPUTATION[name]
-    apply_activation_checkpointing(model, mode=mode, selective=selective, memory_budget=budget)
-    if backend:
-        apply_compile(model, backend=backend)
+    apply_activation_checkpointing(model, **RECOMPUTATION[name] | changes)
+    apply_compile(model, **OPTIONS | dict(enable=backend is not None), backend=backend)
     return model
 
 
@@ -47,9 +56,9 @@ def loss_and_gradients(model):
 
 
 @pytest.mark.parametrize("name", RECOMPUTATION)
-def test_one_compilation_for_all_layers_and_steps(name):
-    """With and without recomputation: four blocks share a graph, which later steps use as it is, and the loss and
-    every gradient are those of eager, uncompiled and not recomputed."""
+def test_compiled_gradients_equal_eager_with_one_graph(name):
+    """With and without recomputation, the four blocks share one graph, and later steps use it again. The loss and every
+    gradient equal those of blocks that are neither compiled nor recomputed."""
     expected_loss, expected = loss_and_gradients(build(None))
     model = build("aot_eager", name)
     loss, gradients = loss_and_gradients(model)
@@ -63,8 +72,8 @@ def test_one_compilation_for_all_layers_and_steps(name):
         torch.testing.assert_close(gradients[n], expected[n], rtol=1e-4, atol=1e-5, msg=n)
 
 
-def test_inductor():
-    """The compiler that is used in earnest agrees with eager, under recomputation by operation."""
+def test_inductor_gradients_equal_eager():
+    """The default backend agrees with eager, with activation checkpointing by operator."""
     expected_loss, expected = loss_and_gradients(build(None))
     loss, gradients = loss_and_gradients(build("inductor", "op"))
     assert counters["stats"]["unique_graphs"] == 1
@@ -73,43 +82,43 @@ def test_inductor():
         torch.testing.assert_close(gradients[n], expected[n], rtol=1e-4, atol=1e-5, msg=n)
 
 
-def test_budget_and_recomputation_decide_what_a_compiled_block_keeps():
-    """The smaller the budget the fewer the bytes, by about as much; 1 is what the compiler does by itself; "op" keeps
-    what its docstring says."""
+def test_compiled_block_keeps_what_budget_or_operators_allow():
+    """A memory budget of 1 is what the compiler does by itself. Half the budget keeps about half of the bytes, and 0
+    nearly none. "op" keeps what its docstring says."""
 
-    def kept(name, budget=1.0):
+    def kept(name, **changes):
         torch._dynamo.reset()
-        model = build("aot_eager", name, budget)
+        model = build("aot_eager", name, **changes)
         out, _ = model.layers["0"](stream(torch.float32).requires_grad_(), *ROPE)
         held = {t.untyped_storage()._cdata: t.untyped_storage() for t in out.grad_fn.saved_tensors}
         given = {t.untyped_storage()._cdata for t in (*model.parameters(), *ROPE)}
         return sum(s.nbytes() for key, s in held.items() if key not in given) / (BATCH * SEQ)
 
-    by_itself, half, nothing = (kept("memory_budget", budget) for budget in (1.0, 0.5, 0.0))
+    by_itself, half, nothing = (kept("memory_budget", selective_option=budget) for budget in ("1.0", "0.5", "0.0"))
     assert by_itself == kept("none") and 0.4 * by_itself < half < 0.65 * by_itself and nothing < 0.2 * by_itself
     d, k, f, h = ARGS.dim, ARGS.n_kv_heads * ARGS.head_dim, ARGS.hidden_dim, ARGS.n_heads
     assert kept("op") == 2 * (6 * d + 2 * k + 2 * f) + 4 * h  # float32
 
 
-def test_an_unknown_backend_is_refused():
-    """By name, with those that there are."""
+def test_compile_rejects_unknown_backend():
+    """The error names the backend, and the backends that torch knows."""
     with pytest.raises(ValueError, match=r'compile.backend \("inducter"\) must be one of .*inductor'):
-        apply_compile(Transformer(ARGS), backend="inducter")
+        build("inducter")
 
 
 def _on_two_ranks(layout: str, precision: str):
-    """Recomputation by operation, compile and FSDP on two ranks, with tensor parallelism before them or not."""
+    """Checkpointing by operator, compile and FSDP on two ranks, over tensor parallelism or not: the graphs after the
+    first and the last step, and the gradients."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 1) if layout == "fsdp" else (1, 2), mesh_dim_names=("fsdp", "tp"))
-    fsdp, tp = mesh["fsdp"], mesh["tp"]  # sliced once: a slice for each block would be a compilation for each
+    fsdp, tp = mesh["fsdp"], mesh["tp"]  # sliced once: a slice for each block would cost a compilation for each
     torch.manual_seed(0)
     model, x = Transformer(ARGS), stream(torch.bfloat16 if precision == "bfloat16" else torch.float32)
     if layout == "tp":
         x = x.chunk(2, dim=1)[dist.get_rank()]
-        for block in model.layers.values():
-            cut(block, tp)
-    apply_activation_checkpointing(model, mode="selective", selective="op", memory_budget=1.0)
-    apply_compile(model, backend="aot_eager")
+        shard_blocks(model, tp)
+    apply_activation_checkpointing(model, **RECOMPUTATION["op"])
+    apply_compile(model, backend="aot_eager", **OPTIONS)
     policy = MixedPrecisionPolicy(getattr(torch, precision), torch.float32, cast_forward_inputs=False)
     for block in model.layers.values():
         fully_shard(block, mesh=fsdp, mp_policy=policy)
@@ -123,8 +132,8 @@ def _on_two_ranks(layout: str, precision: str):
 
 
 @pytest.mark.parametrize("layout, precision", [("tp", "float32"), ("fsdp", "float32"), ("fsdp", "bfloat16")])
-def test_compiled_on_two_ranks(layout, precision):
-    """One compilation a rank and the gradients of one eager process, whatever surrounds the blocks."""
+def test_compiled_blocks_on_two_ranks_equal_eager_on_one(layout, precision):
+    """Each rank compiles once, and the gradients are those of one eager process, under tensor parallelism and FSDP."""
     torch.manual_seed(0)
     reference = Transformer(ARGS)
     run_blocks(reference, stream(torch.float32)).backward(torch.ones(BATCH, SEQ, ARGS.dim))

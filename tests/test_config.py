@@ -14,6 +14,7 @@ from torch.distributed.pipelining.schedules import get_schedule_class
 from config import Config, load_config
 from model import ModelArgs
 from options import help_text, list_options, save_config
+from parallelize.float8 import NEEDED_CAPABILITY
 from training.lr_schedule import learning_rate
 from training.optimizer import OPTIMIZERS
 
@@ -104,6 +105,7 @@ def test_every_value_of_an_enumeration_is_implemented():
         assert 0 < learning_rate(step=5, lr=1.0, total_steps=10, **vars(section)) < 1
     for schedule in get_args(OPTIONS["parallelism.pipeline_parallel_schedule"].kind):
         get_schedule_class(schedule)
+    assert set(get_args(OPTIONS["float8.recipe"].kind)) == set(NEEDED_CAPABILITY)
     for dtype in get_args(OPTIONS["training.dtype"].kind):
         assert isinstance(getattr(torch, dtype), torch.dtype)
 

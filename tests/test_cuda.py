@@ -1,6 +1,7 @@
-"""Whole runs on one GPU: its precision, its compiler, exact resuming, and that the CPU does not wait for it.
+"""Whole runs on one GPU: precision, compiler, exact resume, and that the CPU does not wait for the GPU.
 
-Small, a few minutes; skipped where there is none. (Its kernels: test_cuda_kernels.py; faults: test_cuda_faults.py.)
+The runs are small and take a few minutes; without a GPU they are skipped. test_cuda_kernels.py tests single kernels,
+test_cuda_faults.py tests faults.
 """
 
 import pytest
@@ -12,7 +13,7 @@ pytestmark = needs_gpu
 
 @pytest.fixture(scope="module")
 def bfloat16(tmp_path_factory) -> list[float]:
-    """The losses of 30 steps in bfloat16, eager: what others are held against."""
+    """The losses of 30 steps in bfloat16, eager: the reference of other tests."""
     losses = series(run(tmp_path_factory.mktemp("bfloat16")), "loss")
     assert losses[-1] < 0.7 * losses[0]
     return losses
@@ -20,20 +21,20 @@ def bfloat16(tmp_path_factory) -> list[float]:
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
 def test_float8_trains_like_bfloat16(recipe, bfloat16, tmp_path):
-    """On the hardware's own kernels each of 30 losses is within 2 % of bfloat16's (and not the same: it is float8)."""
+    """With the GPU's float8 kernels each of 30 losses is within 2 % of bfloat16's, and the losses are not equal."""
     losses = series(run(tmp_path, options(float8__enable="true", float8__recipe=recipe)), "loss")
     assert losses == pytest.approx(bfloat16, rel=0.02) and losses != bfloat16
 
 
 @pytest.mark.parametrize("more", [{}, options(activation_checkpoint__mode="selective")], ids=["none", "selective"])
 def test_compiled_trains_like_eager(more, bfloat16, tmp_path):
-    """Within 1 %, and nothing is compiled after the second step."""
+    """Losses are within 1 %, and nothing is compiled after the second step."""
     losses = series(run(tmp_path, COMPILE, more, no_compilation_after=2), "loss")
     assert losses == pytest.approx(bfloat16, rel=0.01)
 
 
 def test_compiled_float8_trains_like_bfloat16(bfloat16, tmp_path):
-    """Within 2 %, accumulating over two microbatches, and nothing is compiled after the second step."""
+    """Losses are within 2 % with two microbatches a step, and nothing is compiled after the second step."""
     more = options(float8__enable="true", training__local_batch_size="4", training__global_batch_size="8")
     losses = series(run(tmp_path, COMPILE, more, no_compilation_after=2), "loss")
     assert losses == pytest.approx(bfloat16, rel=0.02)
@@ -48,10 +49,11 @@ def test_compiled_float8_trains_like_bfloat16(bfloat16, tmp_path):
         COMPILE | options(float8__enable="true"),
         COMPILE | options(float8__enable="true", float8__enable_fsdp_float8_all_gather="true"),
     ],
-    ids=["fsdp", "pure", "compiled", "float8", "float8 all-gather"],
+    ids=["fsdp", "pure bfloat16", "compiled", "float8", "float8 all-gather"],
 )
-def test_the_cpu_waits_once_a_step(more, tmp_path):
-    """For the gradient's norm, which decides whether the weights may change; and for the loss, where it is logged."""
+def test_cpu_waits_for_gpu_once_a_step(more, tmp_path):
+    """The CPU waits for the grad norm, which decides whether the weights may change. In a logged step it also waits for
+    the loss."""
     waits = dict(run(tmp_path, more, options(training__steps="8", metrics__log_freq="6"))["waits"])
     assert [waits[step] for step in (3, 4, 5, 7)] == [["training/optimizer.py"]] * 4
     assert waits[6] == ["training/optimizer.py", "train.py"]
@@ -59,7 +61,7 @@ def test_the_cpu_waits_once_a_step(more, tmp_path):
 
 @pytest.mark.parametrize("more", [{}, COMPILE], ids=["eager", "compiled"])
 def test_resume_is_exact(more, tmp_path):
-    """5 + 5 steps equal 10 to the last bit, in bfloat16, with kernels that do not vary."""
+    """5 + 5 steps equal 10 steps to the last bit, in bfloat16, with deterministic kernels."""
     settings = [SMALL, {"data.cache_folder": str(tmp_path / "cache")}, more]
     settings += [options(training__deterministic="true", training__steps="10")]
     settings += [options(checkpoint__enable="true", checkpoint__interval="5")]
@@ -75,8 +77,8 @@ def test_resume_is_exact(more, tmp_path):
 
 
 def test_compiled_mixture_trains_like_eager(tmp_path):
-    """DeepSeek-V3's parts: 30 losses within 1 %, nothing compiled after the second step; and where nothing is logged
-    the CPU waits for the gradient's norm alone."""
+    """With DeepSeek-V3's parts each of 30 losses is within 1 %, nothing is compiled after the second step, and in steps
+    without a log line the CPU waits for the grad norm alone."""
     eager = series(run(tmp_path / "eager", MIXTURE), "loss")
     compiled = run(tmp_path / "compiled", MIXTURE, COMPILE, options(metrics__log_freq="10"), no_compilation_after=2)
     assert eager[-1] < 0.7 * eager[0]
@@ -93,9 +95,9 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["none", "full", "selective"])
 @pytest.mark.parametrize("kind", [{}, MIXTURE], ids=["dense", "mixture"])
-def test_packed_documents(kind, mode, text, tmp_path):
-    """With FlexAttention inside of compiled blocks, recomputed or not, losses are within 1 % of eager ones; nothing is
-    compiled after the second step, though every step has another mask; and the CPU waits no more than without."""
+def test_compiled_packed_documents_train_like_eager(kind, mode, text, tmp_path):
+    """With FlexAttention in compiled blocks, recomputed or not, losses are within 1 % of eager losses. Nothing is
+    compiled after the second step, though every step has another mask, and the CPU waits no more than without masks."""
     packed = options(data__packing="documents", data__path=text, training__steps="8")
     eager = series(run(tmp_path / "eager", kind, packed), "loss")
     more = options(activation_checkpoint__mode=mode, metrics__log_freq="6")
@@ -107,8 +109,8 @@ def test_packed_documents(kind, mode, text, tmp_path):
     assert [waits[step] for step in (3, 4, 5, 7)] == [["training/optimizer.py"]] * 4
 
 
-def test_validation(tmp_path):
-    """Held-out loss, twice the same for the same weights, close to training's; compiled once, for its first time."""
+def test_validation_compiles_once_and_its_loss_falls(tmp_path):
+    """The held-out loss falls and is close to the training loss at the end. It is compiled at its first time only."""
     more = options(
         validation__enable="true", validation__num_sequences="19", validation__interval="4", training__steps="20"
     )
@@ -119,13 +121,14 @@ def test_validation(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [{}, MIXTURE], ids=["dense", "mixture"])
-def test_cpu_offload(kind, tmp_path):
-    """Weights, gradients and optimizer in the CPU's memory: 10 losses within 1 % of those without, and less memory."""
+def test_cpu_offload_trains_like_gpu_memory(kind, tmp_path):
+    """With weights, gradients and optimizer state in CPU memory, each of 10 losses is within 1 % of the run without
+    offload, and the GPU needs less memory."""
     steps = options(training__steps="10")
     metrics = {
         offload: run(tmp_path / offload, kind, steps, options(training__enable_cpu_offload=offload))["metrics"]
         for offload in ("false", "true")
     }
-    there, here = ([row["loss"] for row in metrics[offload]] for offload in ("true", "false"))
-    assert there == pytest.approx(here, rel=0.01)
+    on_cpu, on_gpu = ([row["loss"] for row in metrics[offload]] for offload in ("true", "false"))
+    assert on_cpu == pytest.approx(on_gpu, rel=0.01)
     assert metrics["true"][-1]["memory_gib"] < metrics["false"][-1]["memory_gib"]

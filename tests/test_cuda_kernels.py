@@ -1,4 +1,4 @@
-"""What only a GPU's kernels can show: grouped products, initial weights, attention."""
+"""Kernels on a GPU: grouped products, initial weights, attention."""
 
 import math
 from types import SimpleNamespace
@@ -9,12 +9,12 @@ from helpers.cuda_runs import needs_gpu
 from helpers.flavors import BUILT_IN_FLAVORS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import ModelArgs, Transformer
+from model import ModelArgs, Transformer, get_flavor
 from model.attention import CoreAttention, DocumentMask
 from model.init import fill_initial_values
 from model.moe import experts_grouped, experts_in_a_loop
 from parallelize import styles
-from parallelize.context import AllGatherKVAttention, CPDocumentMask, in_order, shard_sequence
+from parallelize.context import AllGatherKVAttention, CPDocumentMask, shard_sequence, undo_zigzag
 from parallelize.init import init_weights
 
 pytestmark = needs_gpu
@@ -23,9 +23,9 @@ FUSED = ("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_atten
          "_scaled_dot_product_efficient_attention")  # fmt: skip
 
 
-def test_grouped_product_is_the_loop():
-    """Results and gradients of all experts in three products, one expert without any token: as exact as the loop over
-    experts in bfloat16 is against float32, within a factor."""
+def test_grouped_product_equals_loop_over_experts():
+    """Compared with float32, results and gradients of the grouped product have at most twice the error of the loop over
+    experts in bfloat16. One expert has no token."""
     generator = torch.Generator("cuda").manual_seed(0)
     counts = torch.tensor([300, 0, 17, 1, 500, 66, 100, 40], device="cuda")
     shapes = [(1024, 256), (8, 256, 128), (8, 128, 256), (8, 256, 128), (1024, 256)]
@@ -47,8 +47,8 @@ def test_grouped_product_is_the_loop():
 # -------------------------------------------------------------------------------------- initial weights
 
 
-def test_parts_of_a_weight_are_the_whole_ones():
-    """Bit for bit, for any rectangle: rows, columns, every third row; and where one call draws in several blocks."""
+def test_part_of_an_initial_weight_equals_the_whole():
+    """Bit for bit, for any rows and columns: neighbours, every third row; also where a call draws several blocks."""
     args, name, shape = ModelArgs(dim=256, vocab_size=128256), "tok_embeddings.weight", torch.Size((128256, 256))
     rows, columns = (torch.arange(size, device="cuda") for size in shape)
 
@@ -63,8 +63,8 @@ def test_parts_of_a_weight_are_the_whole_ones():
             assert torch.equal(draw(part, across), whole[part][:, across])
 
 
-def test_initial_weights_are_the_cpus():
-    """But for the last bits, as erfinv is another function there: 1e-6 of a value, which is 8 steps of float32."""
+def test_initial_weights_equal_those_of_the_cpu():
+    """To 1e-6 of a value, 8 steps of float32: the last bits differ, because the GPU has another erfinv."""
     args = ModelArgs(n_layers=2)
     models = {device: Transformer(args).to(device) for device in ("cpu", "cuda")}
     for model in models.values():
@@ -78,7 +78,7 @@ def test_initial_weights_are_the_cpus():
 
 
 class Kernels(TorchDispatchMode):
-    """Names of the attention operations that run, and of what attention without a fused kernel is made of."""
+    """Records the names of the attention operators that run, and of softmax, which only runs without a fused kernel."""
 
     def __init__(self):
         super().__init__()
@@ -92,7 +92,7 @@ class Kernels(TorchDispatchMode):
 
 
 def heads(batch: int, seq: int, n_heads: int, n_kv_heads: int, d_qk: int, d_v: int) -> list[torch.Tensor]:
-    """q, k, v and a gradient of the result, bfloat16, the same whenever called."""
+    """q, k, v and a gradient of the result in bfloat16; each call returns the same numbers."""
     generator = torch.Generator("cuda").manual_seed(0)
     return [
         torch.randn(batch, seq, n, d, device="cuda", generator=generator).bfloat16()
@@ -102,8 +102,9 @@ def heads(batch: int, seq: int, n_heads: int, n_kv_heads: int, d_qk: int, d_v: i
 
 @pytest.mark.parametrize("flavor", BUILT_IN_FLAVORS)
 def test_attention_takes_a_fused_kernel(flavor):
-    """For the heads of every named model, forward and backward: nothing of batch x heads x seq x seq is made."""
-    args = BUILT_IN_FLAVORS[flavor]
+    """For the heads of every flavor, forward and backward run a fused kernel: no tensor is batch x heads x seq x
+    seq."""
+    args = get_flavor(flavor)
     q, k, v, gradient = heads(1, 1024, args.n_heads, args.n_kv_heads, args.head_dim, args.value_head_dim)
     with Kernels() as kernels:
         CoreAttention()(q.requires_grad_(), k.requires_grad_(), v.requires_grad_()).backward(gradient)
@@ -112,7 +113,7 @@ def test_attention_takes_a_fused_kernel(flavor):
 
 
 class FakeGather:
-    """In DTensor's place: what comes back from the all-gather is what `together` holds."""
+    """Takes the place of DTensor: its all-gather returns `together`."""
 
     together = None
 
@@ -128,10 +129,9 @@ class FakeGather:
         return self.together
 
 
-def test_attention_of_context_ranks(monkeypatch):
-    """The parts that each of four ranks computes of grouped-query attention, by the flash kernel with its causal
-    mask at the lower right, are those of the whole: results and gradients, as exact as one bfloat16 call is against
-    float32, within a factor."""
+def test_attention_of_context_ranks_equals_the_whole(monkeypatch):
+    """Each of four ranks computes its part of grouped-query attention by the flash kernel with a lower-right causal
+    mask. Compared with float32, results and gradients have less than three times the error of one call in bfloat16."""
     monkeypatch.setattr(styles, "DTensor", FakeGather)
     *inputs, gradient = heads(2, 2048, 8, 2, 128, 128)
     size = 4
@@ -139,17 +139,17 @@ def test_attention_of_context_ranks(monkeypatch):
 
     def by_ranks(q, k, v):
         parts = [shard_sequence(dict(q=q, k=k, v=v), mesh) for mesh in meshes]
-        # Not detached: the sum over the ranks of the keys' gradients is autograd's here, the reduce-scatter's there.
+        # Not detached: here autograd sums the keys' gradients over the ranks, in a real run the reduce-scatter does.
         FakeGather.together = torch.stack([torch.cat((part["k"], part["v"]), dim=-1) for part in parts])
         outputs = []
         for mesh, part in zip(meshes, parts, strict=True):
             attention = AllGatherKVAttention(CoreAttention(), mesh, q.size(1))
             with Kernels() as kernels:
                 outputs.append(attention(**part))
-            # The first rank's first chunk sees as many keys as it has queries: any causal kernel will do.
+            # The first rank's first chunk sees as many keys as it has queries, so any causal kernel may run.
             assert kernels.seen[1] == FUSED[1] and kernels.seen[0] in (FUSED if mesh is meshes[0] else FUSED[1:2])
             assert len(kernels.seen) == 2
-        return in_order(torch.stack(outputs))
+        return undo_zigzag(torch.stack(outputs))
 
     def results(attention, dtype=torch.bfloat16):
         leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
@@ -161,18 +161,19 @@ def test_attention_of_context_ranks(monkeypatch):
         ("out", "dq", "dk", "dv"), exact, results(CoreAttention()), results(by_ranks), strict=True
     ):
         error_of_one, error_of_four = ((x - truth).norm() / truth.norm() for x in (one, four))
-        # A key's gradient is a sum over four ranks, rounded each time. (A wrong mask is wrong by about 1.)
+        # A key's gradient is a sum over four ranks, rounded each time. A wrong mask would give an error of about 1.
         assert error_of_one < 0.01 and error_of_four < 3 * error_of_one, (name, error_of_one, error_of_four)
 
 
-HEADS = {(a.head_dim, a.value_head_dim, a.n_heads > a.n_kv_heads) for a in BUILT_IN_FLAVORS.values()}
+HEADS = {(a.head_dim, a.value_head_dim, a.n_heads > a.n_kv_heads) for a in map(get_flavor, BUILT_IN_FLAVORS)}
 
 
 @pytest.mark.parametrize("d_qk, d_v, grouped", sorted(HEADS))
-def test_blocks_of_documents(d_qk, d_v, grouped):
-    """Packed documents, for heads as every named model has them: FlexAttention's result and gradients, of all queries
-    and of a context rank's, are as exact as the explicit mask's are in bfloat16 against float32, within a factor."""
-    torch.compiler.reset()  # of one shape after another it would compile no more than eight
+def test_flex_attention_equals_explicit_mask(d_qk, d_v, grouped):
+    """With packed documents and the heads of every flavor, for all queries and for those of a context rank. Compared
+    with float32, FlexAttention's results and gradients have at most twice the error of the explicit mask in
+    bfloat16."""
+    torch.compiler.reset()  # torch compiles one function for at most eight shapes
     *inputs, gradient = heads(2, 1024, 8, 2 if grouped else 8, d_qk, d_v)
     documents = (torch.arange(1024, device="cuda") ** 1.3 // 700).long().expand(2, -1).contiguous()
     documents[1] = documents[1].flip(0).neg()

@@ -1,102 +1,119 @@
-"""Float8: what is converted, and the rounding itself.
-
-Emulated on the CPU: the same scales and roundings, with products in float32.
-"""
+"""Float8: what is converted, and the rounding itself. Emulated on the CPU: the same scales and roundings, with products
+in float32."""
 
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from helpers.float8_model import ARGS, OPTIONS, assert_bitwise, difference, on_meta, start
+from helpers.runs import argv
+from torch import nn
 
-from model import ModelArgs, Transformer
-from parallelize.float8 import RECIPES, apply_float8, as_plain
-from parallelize.init import init_weights
-
-ARGS = ModelArgs(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=96, vocab_size=128)
-OPTIONS = dict(recipe="tensorwise", skip=(), min_dim=16, emulate=True, fsdp_all_gather=False, device_type="cpu")
-BATCH, SEQ = 8, 16
-
-
-def on_meta(dtype=torch.float32, args=ARGS) -> Transformer:
-    with torch.device("meta"):
-        return Transformer(args).to(dtype)
-
-
-def start(model: Transformer) -> Transformer:
-    model.to_empty(device="cpu")
-    init_weights(model, ARGS, seed=0)
-    return model
-
+from config import load_config
+from parallelize.float8 import NEEDED_CAPABILITY, apply_float8, as_plain, choose_layers, linear_layers
 
 # ---------------------------------------------------------------------------------- what is converted
 
 
-def test_report_names_every_layer():
-    """The head, what is skipped by its whole name and what is too small stay, and are told; the rest is converted."""
-    model = on_meta()
-    report = apply_float8(model, **OPTIONS | dict(skip=["layers.0.feed_forward.*"], min_dim=64))
-    kinds = {name: type(m).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+def converted_layers(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+
+
+def test_float8_log_line_accounts_for_every_layer():
+    """The head and the layers that `skip` names stay, and the line says so; all other layers are converted."""
+    model, skip = on_meta(), ["layers.0.feed_forward.*", "*.wk", "*.wv"]
+    linears = linear_layers(model)
+    converted, kept = choose_layers(linears, skip)
+    line = apply_float8(model, "cpu", **OPTIONS | dict(skip=skip))
     expected = {f"layers.{i}.attention.{w}" for i in (0, 1) for w in ("wq", "wo")}
     expected |= {f"layers.1.feed_forward.{w}" for w in ("w1", "w2", "w3")}
-    assert {name for name, kind in kinds.items() if kind == "Float8Linear"} == expected == set(report.converted)
-    assert report.kept["kept"] == ["output"] and isinstance(model.output, type(on_meta().output))
-    assert sorted([*report.converted, *itertools.chain(*report.kept.values())]) == sorted(kinds)
+    assert converted_layers(model) == expected == converted
+    assert kept["head"] == ["output"] and isinstance(model.output, type(on_meta().output))
+    assert sorted([*converted, *itertools.chain(*kept.values())]) == sorted(linears)
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 128
     share = (4 * 64 * 64 + 3 * 64 * 96) / weights
-    assert str(report) == (
-        f"float8 tensorwise: 7 of 15 linears, {share:.1%} of their weights; too small: layers.0.attention.wk, "
-        "layers.0.attention.wv, layers.1.attention.wk, layers.1.attention.wv; skipped: layers.0.feed_forward.w1, "
-        "layers.0.feed_forward.w2, layers.0.feed_forward.w3; kept: output"
+    assert line == (
+        f"float8 tensorwise: 7 of 15 linear layers, {share:.1%} of their weights; skipped: layers.0.attention.wk, "
+        "layers.0.attention.wv, ... layers.1.attention.wv (7); head: output"
     )
 
 
-def test_sizes_that_hardware_cannot_multiply_stay():
-    """Sizes must be multiples of 16, and a subclass of nn.Linear keeps what it computes besides."""
+def test_float8_not_enabled_changes_nothing():
+    """Without float8.enable the model stays as it is, and there is no line for the log."""
+    model = on_meta()
+    assert apply_float8(model, "cpu", **OPTIONS | dict(enable=False)) == "" and not converted_layers(model)
+
+
+def test_float8_keeps_layers_that_kernels_do_not_take():
+    """Sizes must be multiples of 16, and a subclass of nn.Linear keeps what it computes in addition."""
 
     class Gate(nn.Linear):
         pass
 
-    model = on_meta(args=ModelArgs(dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=100, vocab_size=128))
+    model = on_meta(args=replace(ARGS, n_layers=1, hidden_dim=100))
     model.layers["0"].attention.wq = Gate(64, 64, bias=False, device="meta")
-    report = apply_float8(model, **OPTIONS)
-    assert report.kept["not a multiple of 16"] == [f"layers.0.feed_forward.{w}" for w in ("w1", "w2", "w3")]
-    assert report.kept["not a plain linear"] == ["layers.0.attention.wq"]
+    line = apply_float8(model, "cpu", **OPTIONS)
+    assert (
+        "; not a multiple of 16: " + ", ".join(f"layers.0.feed_forward.{w}" for w in ("w1", "w2", "w3")) + ";" in line
+    )
+    assert "; not a plain linear: layers.0.attention.wq;" in line
     assert type(model.layers["0"].attention.wq) is Gate
+    assert converted_layers(model) == {f"layers.0.attention.{w}" for w in ("wk", "wv", "wo")}
 
 
 REFUSED = {
-    "recipe": (dict(recipe="blockwise"), "must be one of tensorwise, rowwise, rowwise_with_gw_hp"),
-    "all-gather": (dict(recipe="rowwise", fsdp_all_gather=True), 'needs float8.recipe "tensorwise", not "rowwise"'),
     "CPU": (
         dict(emulate=False),
         'compute capability 8.9, the device is "cpu"; leave float8 out, or set float8.emulate',
     ),
     "no such name": (dict(skip=["*.wk", "*.wx"]), '"*.wx" matches no linear layer; they are layers.0.attention.wq'),
     "a part of a name": (dict(skip=["layers.1"]), '"layers.1" matches no linear layer'),
-    "nothing left": (dict(min_dim=65, skip=["*.w2"]), "of 15 linear layers 12 too small, 2 skipped, 1 kept;"),
+    "nothing left": (
+        dict(skip=["*.attention.*"]),
+        "of 15 linear layers 8 skipped, 6 not a multiple of 16, 1 head; skip less",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_be_is_an_error(case):
-    """One line that says what, and what to write instead; the model is left alone."""
+def test_float8_rejects_what_it_cannot_convert(case):
+    """The error is one line that says what to write instead; no layer has been converted."""
     changes, message = REFUSED[case]
-    model = on_meta()
+    model = on_meta(args=replace(ARGS, hidden_dim=100))
     with pytest.raises(ValueError) as error:
-        apply_float8(model, **OPTIONS | changes)
+        apply_float8(model, "cpu", **OPTIONS | changes)
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not any(type(m).__name__ == "Float8Linear" for m in model.modules())
+    assert not converted_layers(model)
 
 
-def test_float64_is_refused():
-    """torchao would round to float32 on the way, which whoever asked for float64 does not expect."""
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"float8.recipe": "blockwise"},
+            'expected "tensorwise" | "rowwise" | "rowwise_with_gw_hp", given "blockwise".',
+        ),
+        (
+            {"float8.recipe": "rowwise", "float8.enable_fsdp_float8_all_gather": "true"},
+            "has no effect without float8.recipe tensorwise",
+        ),
+    ],
+)
+def test_float8_rejects_impossible_recipe(options, message):
+    """An unknown recipe, and float8 all-gather with scales per row, are errors of one line."""
+    with pytest.raises(ValueError) as error:
+        load_config(argv({"float8.enable": "true"}, options))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_float8_rejects_float64_weights():
+    """torchao would round them to float32 on the way, which a user who asked for float64 does not expect."""
     with pytest.raises(ValueError, match="to float32 or bfloat16"):
-        apply_float8(on_meta(torch.float64), **OPTIONS)
+        apply_float8(on_meta(torch.float64), "cpu", **OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -108,18 +125,18 @@ def test_float64_is_refused():
         ((9, 0), "rowwise", True),
     ],
 )
-def test_hardware(recipe, capability, fits, monkeypatch):
+def test_float8_rejects_gpus_without_kernels(recipe, capability, fits, monkeypatch):
     """Float8 tensor cores come with compute capability 8.9, those that scale rows with 9.0; emulation needs neither."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    options = OPTIONS | dict(recipe=recipe, device_type="cuda")
-    apply_float8(on_meta(), **options)
+    options = OPTIONS | dict(recipe=recipe)
+    apply_float8(on_meta(), "cuda", **options)
     if fits:
         model = on_meta()
-        apply_float8(model, **options | dict(emulate=False))
+        apply_float8(model, "cuda", **options | dict(emulate=False))
         assert not model.layers["0"].attention.wq.config.emulate
     else:
         with pytest.raises(ValueError, match=r"this GPU has 8\.\d; leave float8 out"):
-            apply_float8(on_meta(), **options | dict(emulate=False))
+            apply_float8(on_meta(), "cuda", **options | dict(emulate=False))
 
 
 def test_torchao_is_imported_late_and_quietly():
@@ -127,28 +144,19 @@ def test_torchao_is_imported_late_and_quietly():
     code = (
         "import sys, torch; from parallelize.float8 import apply_float8; assert 'torchao' not in sys.modules;"
         "m = torch.nn.Sequential(torch.nn.Linear(16, 16));"
-        f"print(apply_float8(m, **{OPTIONS}))"
+        f"print(apply_float8(m, 'cpu', **{OPTIONS}))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("float8 tensorwise: 1 of 1 linears, 100.0% of their weights\n", "")
+    assert (done.stdout, done.stderr) == ("float8 tensorwise: 1 of 1 linear layers, 100.0% of their weights\n", "")
 
 
-@pytest.mark.parametrize("fsdp_all_gather", [False, True])
-def test_names_and_initial_weights_stay(fsdp_all_gather):
-    """Bit for bit those without float8."""
+@pytest.mark.parametrize("all_gather", [False, True])
+def test_float8_names_and_initial_weights_equal_those_without(all_gather):
+    """Bit for bit."""
     model, plain = on_meta(), start(on_meta())
-    apply_float8(model, **OPTIONS | dict(fsdp_all_gather=fsdp_all_gather))
+    apply_float8(model, "cpu", **OPTIONS | dict(enable_fsdp_float8_all_gather=all_gather))
     weights = {name: as_plain(p) for name, p in start(model).named_parameters()}
     assert_bitwise(weights, {name: p.detach() for name, p in plain.named_parameters()})
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def assert_bitwise(weights: dict, expected: dict) -> None:
-    assert list(weights) == list(expected)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 # ---------------------------------------------------------------------------------- the rounding
@@ -178,14 +186,14 @@ def reference(recipe, x, w, g):
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", NEEDED_CAPABILITY)
 def test_linear_equals_hand_written_rounding(recipe):
     """Each of the three products has the operands, the scales and the float8 types that the recipe says."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 32, bias=False))
     # Rows and columns of very different sizes tell one scale from many.
     w = model[0].weight.data.mul_(torch.logspace(-2, 1, 32)[:, None] * torch.logspace(-1, 1, 48)).clone()
-    apply_float8(model, **OPTIONS | dict(recipe=recipe))
+    apply_float8(model, "cpu", **OPTIONS | dict(recipe=recipe))
     x = (torch.randn(64, 48) * torch.logspace(-1, 1, 64)[:, None]).requires_grad_()
     g = torch.randn(64, 32) * torch.logspace(-3, 0, 64)[:, None]
     output = model(x)
@@ -194,7 +202,3 @@ def test_linear_equals_hand_written_rounding(recipe):
     for ours, theirs in zip((output, x.grad, model[0].weight.grad), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     assert difference(output, x.detach() @ w.T) > 1e-2  # and it does round
-
-
-def difference(value, expected) -> float:
-    return ((value - expected).norm() / expected.norm()).item()

@@ -1,7 +1,5 @@
-"""Float8 training is the same in every layout, compiled and not, and as good as without.
-
-Emulated on the CPU: the same scales and roundings, with products in float32.
-"""
+"""Float8 training is the same in every layout, compiled and not, and as good as training without float8. Emulated on
+the CPU: the same scales and roundings, with products in float32."""
 
 from pathlib import Path
 
@@ -10,8 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from helpers.float8_model import ARGS, BATCH, OPTIONS, SEQ, assert_bitwise, difference, on_meta, start, whole
 from helpers.ranks import run_ranks
-from test_float8 import ARGS, BATCH, OPTIONS, SEQ, assert_bitwise, difference, on_meta, start, whole
 from torch import Tensor
 
 from parallelize.float8 import apply_float8, as_plain, sync_float8_scales
@@ -19,11 +17,11 @@ from parallelize.fsdp import parallelize_data
 from parallelize.mesh import build_mesh
 from parallelize.tensor import parallelize_tensor
 from resilience.process_group import init_distributed
-from training.gloo import DirectAllGather
+from training.gloo import DirectAllGather, use_direct_messages
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Tokens that follow from the one before, mostly: there is something to learn."""
+    """Tokens, most of which follow from the token before: there is something to learn."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(ARGS.vocab_size, (BATCH, SEQ + 1), generator=generator)
     for i in range(SEQ):
@@ -72,12 +70,13 @@ def _train_layouts(layouts: dict[str, dict]) -> dict | None:
     for name, layout in layouts.items():
         mesh = build_mesh("cpu", dist.get_world_size(), tp=layout.get("tp", 1))
         model = on_meta()
-        apply_float8(model, **OPTIONS | layout.get("options", {}))
-        parallelize_tensor(model, mesh.tp, seq_len=SEQ, use_async=False)
+        apply_float8(model, "cpu", **OPTIONS | layout.get("options", {}))
+        parallelize_tensor(model, mesh.tp)
         for block in model.layers.values() if layout.get("compile") else ():
             block.compile(fullgraph=True, backend="aot_eager")
         policy = dict(reduce_dtype=torch.float32, reshard_after_forward=True, cpu_offload=False)
         parallelize_data(model, mesh.fsdp, param_dtype=torch.float32, **policy)
+        use_direct_messages(model)
         weights = {n: whole(as_plain(p)) for n, p in start(model).named_parameters()}
         share = BATCH // mesh.dp_degree
         gathered.clear()
@@ -94,7 +93,7 @@ def _train_layouts(layouts: dict[str, dict]) -> dict | None:
     return results if is_first else None
 
 
-GATHER = dict(fsdp_all_gather=True)
+GATHER = dict(enable_fsdp_float8_all_gather=True)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +126,7 @@ def assert_equal_to_one_process(run: dict, microbatches: int, recipe: str = "ten
     """Gradients agree to 2e-3 in norm. Other scales, or none, move them by 1e-1; a value that another order of sums has
     pushed over a rounding boundary by 1e-4 to 1e-3; the order of sums by 1e-6, which is what is found."""
     model = on_meta()
-    apply_float8(model, **OPTIONS | dict(recipe=recipe))
+    apply_float8(model, "cpu", **OPTIONS | dict(recipe=recipe))
     losses, gradients = train(start(model), microbatches=microbatches)
     assert run["losses"] == pytest.approx(torch.stack(losses).tolist(), rel=1e-5)
     for ours, theirs in zip(run["gradients"], gradients, strict=True):
@@ -136,26 +135,26 @@ def assert_equal_to_one_process(run: dict, microbatches: int, recipe: str = "ten
 
 
 @pytest.mark.parametrize("layout", ["fsdp", "fsdp, float8 gather", "fsdp, float8 gather, compiled"])
-def test_fsdp_equals_one_process_that_accumulates(layout, on_two_ranks):
+def test_float8_fsdp_equals_accumulating_process(layout, on_two_ranks):
     """Each rank scales its own activations, as each microbatch does; weights have one scale, gathered in float8 or
     not."""
     assert_equal_to_one_process(on_two_ranks[layout], microbatches=2)
 
 
 @pytest.mark.parametrize("layout", ["tp", "tp, rowwise"])
-def test_tensor_parallelism_equals_one_process(layout, on_two_ranks):
-    """The plain styles suffice: the largest value of what is cut over ranks is that of the whole."""
+def test_float8_tensor_parallel_equals_one_process(layout, on_two_ranks):
+    """Torch's styles suffice: DTensor takes the largest value over all parts of a tensor."""
     recipe = "rowwise" if "rowwise" in layout else "tensorwise"
     assert_equal_to_one_process(on_two_ranks[layout], microbatches=1, recipe=recipe)
 
 
 @pytest.mark.parametrize("layout", ["fsdp, float8 gather", "fsdp x tp, float8 gather"])
-def test_four_ranks_equal_one_process(layout, on_four_ranks):
+def test_float8_on_four_ranks_equals_one_process(layout, on_four_ranks):
     """With tensor parallelism a weight's scale is taken over both axes, from the first step on."""
     assert_equal_to_one_process(on_four_ranks[layout], microbatches=2 if "tp" in layout else 4)
 
 
-def test_float8_gather_changes_nothing_but_bytes(on_two_ranks):
+def test_float8_all_gather_changes_only_bytes(on_two_ranks):
     """Bitwise the same training; a rank sends 1 byte for each element of its half of a block's matrices, not 4."""
     plain, gathered = on_two_ranks["fsdp"], on_two_ranks["fsdp, float8 gather"]
     assert plain["losses"] == gathered["losses"]
@@ -165,21 +164,21 @@ def test_float8_gather_changes_nothing_but_bytes(on_two_ranks):
     assert gathered["gathered"] == [(matrices + 4 * norms) // 2] * 2
 
 
-def test_sharded_start_is_that_without_float8(on_two_ranks, on_four_ranks):
-    """Bit for bit, in every layout."""
+def test_float8_initial_weights_equal_those_without_in_any_layout(on_two_ranks, on_four_ranks):
+    """Bit for bit."""
     expected = {name: p.detach() for name, p in start(on_meta()).named_parameters()}
     for run in [*on_two_ranks.values(), *on_four_ranks.values()]:
         assert_bitwise(run["start"], expected)
 
 
-def test_checkpoint_loads_without_float8(on_two_ranks, checkpoint):
-    """What two ranks that gather in float8 have saved is plain tensors, which one process without float8 loads, and one
-    with it, in place."""
+def test_float8_checkpoint_loads_without_float8(on_two_ranks, checkpoint):
+    """Two ranks that all-gather in float8 save plain tensors. A process without float8 loads them, and so does a
+    process with float8, in place."""
     assert not any(b"torchao" in file.read_bytes() for file in Path(checkpoint).iterdir())
     for converted in (False, True):
         model = on_meta()
         if converted:
-            apply_float8(model, **OPTIONS | GATHER)
+            apply_float8(model, "cpu", **OPTIONS | GATHER)
         model.to_empty(device="cpu")
         dcp.load({name: as_plain(p) for name, p in model.named_parameters()}, checkpoint_id=checkpoint, no_dist=True)
         assert_bitwise(
@@ -191,16 +190,16 @@ def test_checkpoint_loads_without_float8(on_two_ranks, checkpoint):
 def _cut_unevenly():
     init_distributed("cpu", 60)
     model = on_meta()
-    apply_float8(model, **OPTIONS | GATHER)
+    apply_float8(model, "cpu", **OPTIONS | GATHER)
     policy = dict(reduce_dtype=torch.float32, reshard_after_forward=True, cpu_offload=False)
     parallelize_data(model, build_mesh("cpu", 3).fsdp, param_dtype=torch.float32, **policy)
     with pytest.raises(ValueError) as error:
         sync_float8_scales(start(model))
-    dist.barrier()  # or a rank that is done would leave the others alone in the set-up
+    dist.barrier()  # else a rank that is done would leave while the others still set up
     return str(error.value)
 
 
-def test_uneven_shards_are_refused():
+def test_float8_all_gather_rejects_uneven_shards():
     """On every rank: torchao's gather would wait forever for bytes that are not sent."""
     for message in run_ranks(3, _cut_unevenly):
         assert "layers.0.attention.wq.weight (64, 64) cannot be cut into 3 equal parts" in message
@@ -210,12 +209,12 @@ def test_uneven_shards_are_refused():
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_compiled_equals_eager(recipe):
+def test_compiled_float8_equals_eager(recipe):
     """Each block is one graph, with the casts in it."""
     runs = []
     for backend in (None, "aot_eager"):
         model = on_meta()
-        apply_float8(model, **OPTIONS | dict(recipe=recipe))
+        apply_float8(model, "cpu", **OPTIONS | dict(recipe=recipe))
         for block in model.layers.values() if backend else ():
             block.compile(fullgraph=True, backend=backend)
         runs.append(train(start(model)))
@@ -225,10 +224,10 @@ def test_compiled_equals_eager(recipe):
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_trains_as_float32_does(recipe):
+def test_float8_trains_like_float32(recipe):
     """Each loss of 40 steps, in which it falls by half, stays within 2 % (0.3 % is found)."""
     exact, model = start(on_meta()), on_meta()
-    apply_float8(model, **OPTIONS | dict(recipe=recipe))
+    apply_float8(model, "cpu", **OPTIONS | dict(recipe=recipe))
     expected = torch.stack(train(exact, steps=40)[0])
     losses = torch.stack(train(start(model), steps=40)[0])
     assert expected[-1] < expected[0] / 2

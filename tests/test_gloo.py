@@ -1,4 +1,4 @@
-"""Direct messages in place of FSDP's collectives: which modules get them, and that gradients stay the same.
+"""Direct messages in place of FSDP's collectives: that they are used, and that gradients stay the same.
 
 (The bytes: tests/test_communication.py.)
 """
@@ -9,14 +9,14 @@ import torch.distributed as dist
 from helpers.ranks import run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from resilience.process_group import init_distributed
-from training.gloo import use_direct_messages
+from training.gloo import DirectAllGather, use_direct_messages
 
-CASES = {  # (dp_replicate, fsdp, tp), and how many of the three FSDP modules below get direct messages
+CASES = {  # (dp_replicate, fsdp, tp), and how many of the three FSDP modules below all-gather by direct messages
     "fsdp 4": ((1, 4, 1), 3),
     "dp_replicate 2 x fsdp 2": ((2, 2, 1), 3),
     "fsdp 2 x tp 2": ((1, 2, 2), 3),
@@ -27,7 +27,7 @@ CASES = {  # (dp_replicate, fsdp, tp), and how many of the three FSDP modules be
 
 def _gradients(shape: tuple[int, int, int], is_direct: bool) -> tuple[list[torch.Tensor], int]:
     """Whole gradients of a model with a tensor-parallel layer and an expert, which is sharded over fsdp x tp; and the
-    number of modules that got direct messages."""
+    number of FSDP modules that gathered their weights by direct messages."""
     replicate, fsdp, tp = shape
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "fsdp", "tp"))
     expert_mesh = init_device_mesh("cpu", (replicate, fsdp * tp), mesh_dim_names=("dp_replicate", "efsdp"))
@@ -45,16 +45,14 @@ def _gradients(shape: tuple[int, int, int], is_direct: bool) -> tuple[list[torch
         fully_shard(module, mesh=its_mesh)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    changed, set_custom = [], FSDPModule.set_custom_all_gather
+    used, gather = set(), DirectAllGather.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            FSDPModule, "set_custom_all_gather", lambda self, comm: (changed.append(self), set_custom(self, comm))
-        )
+        patch.setattr(DirectAllGather, "__call__", lambda self, *a, **k: (used.add(self), gather(self, *a, **k))[1])
         if is_direct:
             use_direct_messages(model)
-    torch.manual_seed(dist.get_rank() // tp)
-    model(torch.randn(4, 8, dtype=torch.float64)).square().sum().backward()
-    return [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()], len(changed)
+        torch.manual_seed(dist.get_rank() // tp)
+        model(torch.randn(4, 8, dtype=torch.float64)).square().sum().backward()
+    return [p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for p in model.parameters()], len(used)
 
 
 def _compare() -> dict[str, int]:
@@ -68,7 +66,7 @@ def _compare() -> dict[str, int]:
 
 def test_direct_messages_equal_fsdp_collectives():
     """In every layout of four ranks the gradients are those of FSDP's own collectives, and exactly the modules that are
-    sharded over more than one rank are changed."""
+    sharded over more than one rank send messages."""
     assert run_ranks(4, _compare) == [{name: number for name, (_, number) in CASES.items()}] * 4
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from errors import ConfigError
 from hf import get_model_args, model_args_of_folder, require_same_model
-from hf.config import config_of_model
+from hf.config import config_of_model, family_of_model
 from hf.families import FAMILIES
 from hf.names import hf_tensor_of
 from hf.safetensors import TensorReader, write_tensors
@@ -86,8 +86,7 @@ def test_every_tensor_of_a_flavor_has_its_own_hf_name(flavor):
     args = dataclasses.replace(get_flavor(flavor), n_layers=4, n_experts=min(16, get_flavor(flavor).n_experts))
     with torch.device("meta"):
         names = Transformer(args).state_dict().keys() - ({"output.weight"} if args.tie_embeddings else set())
-    (family,) = (family for family in FAMILIES if family.computes(args))
-    hf_names = [hf_name for name in names for hf_name in hf_tensor_of(name, args, family, True).names]
+    hf_names = [hf_name for name in names for hf_name in hf_tensor_of(name, args, family_of_model(args), {}).names]
     assert len(hf_names) == len(set(hf_names)) and len(hf_names) >= len(names)
 
 
@@ -99,12 +98,12 @@ def test_name_map_belongs_to_its_family():
         llama,
         architecture="Qwen3ForCausalLM",
         names=llama.names | norms,
-        head_rows=lambda args: llama.head_rows(args) | dict.fromkeys(norms, args.head_dim),
+        rotate_half=lambda args, config: llama.rotate_half(args, config) | dict.fromkeys(norms, args.head_dim),
     )
-    found = hf_tensor_of("layers.0.attention.q_norm.weight", get_flavor("llama3_debug"), with_norms, rotate_half=True)
+    found = hf_tensor_of("layers.0.attention.q_norm.weight", get_flavor("llama3_debug"), with_norms, config={})
     assert found.names == ("model.layers.0.self_attn.q_norm.weight",)
     assert found.rows(16).tolist() == [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15]
-    found = hf_tensor_of("layers.0.attention.q_norm.weight", get_flavor("deepseek_v3_debug"), v3, rotate_half=False)
+    found = hf_tensor_of("layers.0.attention.q_norm.weight", get_flavor("deepseek_v3_debug"), v3, config={})
     assert found.names == ("model.layers.0.self_attn.q_a_layernorm.weight",)
 
 

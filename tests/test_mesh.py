@@ -47,8 +47,8 @@ def test_dp_shard_minus_one_takes_the_remaining_ranks(degrees, world_size, resol
         (ParallelDims(tp=2, ep=3), 8, ["expert_parallel_degree (3)", "(8)", "[1, 2, 4, 8]"]),
     ],
 )  # fmt: skip
-def test_layout_that_does_not_fit_is_refused(degrees, world_size, parts):
-    """The message holds every number, and layouts that do fit."""
+def test_resolve_rejects_layout_that_does_not_fit(degrees, world_size, parts):
+    """The error holds every number, and layouts that fit."""
     with pytest.raises(ValueError) as error:
         degrees.resolve(world_size)
     assert all(part in str(error.value) for part in parts), str(error.value)
@@ -70,12 +70,13 @@ def test_suggested_layouts_fit():
 def _ranks_of_axes():
     init_distributed("cpu", 60)
     mesh = build_mesh("cpu", 8, dp_replicate=2, cp=2, tp=2, ep=4)
+    dist.barrier()  # rank 0 has the store, through which the others may still be making their groups
     axes = {axis: mesh.world[axis] for axis in mesh.world.mesh_dim_names}
     axes |= dict(fsdp=mesh.dense["fsdp"], ep=mesh.ep, loss=mesh.loss, tokens=mesh.tokens, sequence=mesh.sequence)
     return {name: dist.get_process_group_ranks(m.get_group()) for name, m in axes.items()}, mesh.dp_rank, mesh.dp_degree
 
 
-def test_views_of_eight_ranks():
+def test_axes_hold_the_drawn_ranks():
     """dp_replicate 2 x cp 2 x tp 2: the ranks of every axis, and the part of a batch that each rank reads."""
     views = run_ranks(8, _ranks_of_axes)
     ranks, dp_rank, dp_degree = views[5]  # dp_replicate 1, dp_shard 0, cp 0, tp 1
@@ -102,7 +103,7 @@ def _build_and_count(world_size: int, degrees: dict[str, int]) -> tuple[Parallel
 
 
 def _axes(mesh: ParallelMesh) -> list[DeviceMesh]:
-    """Every axis of every mesh, as a mesh of its own."""
+    """Every axis of every mesh, as a mesh of one axis."""
     grids = (mesh.world, mesh.dense, mesh.sparse)
     return [grid[axis] for grid in grids for axis in grid.mesh_dim_names] + [mesh.loss, mesh.tokens, mesh.sequence]
 
@@ -118,7 +119,7 @@ LAYOUTS_AND_GROUPS = [
 
 
 def _groups_of_layouts() -> list[int]:
-    """The number of groups made for each layout, once their ranks, and a sum over each, are seen to be right."""
+    """The number of groups made for each layout, after the ranks of each, and a sum over it, were found right."""
     init_distributed("cpu", 60)
     counts = []
     for degrees, _ in LAYOUTS_AND_GROUPS:
@@ -155,7 +156,7 @@ def test_rank_makes_at_most_eleven_groups():
 
 
 @pytest.mark.parametrize("rank", [0, 1000, 2047])
-def test_number_of_groups_on_2048_ranks(rank):
+def test_rank_of_2048_makes_five_groups(rank):
     """The layout of configs/deepseek_v3_671b.toml: pp, fsdp = loss = tokens, efsdp, ep and this rank alone."""
     assert run_ranks(1, _groups_on_fake_ranks, rank, 2048, dict(pp=16, ep=64))[0] == (5, 5)
 
@@ -175,7 +176,7 @@ def _wait_for_a_missing_rank() -> float:
 
 
 def test_collective_of_an_axis_ends_after_timeout_seconds():
-    """comm.timeout_seconds holds for the groups of every axis, not for the world's alone."""
+    """comm.timeout_seconds holds for the groups of every axis, not only for the world's group."""
     assert 1 < run_ranks(4, _wait_for_a_missing_rank)[0] < 30
 
 
@@ -224,17 +225,18 @@ def _initial_weights(shape: dict, degrees: dict):
     mesh = build_mesh("cpu", dist.get_world_size(), **degrees)
     held = {}
     for stage in parallelize_pipeline(model, mesh.pp, schedule="Interleaved1F1B", stages_per_rank=0):
-        parallelize_tensor(stage, mesh.tp, seq_len=16, use_async=False)
+        parallelize_tensor(stage, mesh.tp)
         precision = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         parallelize_data(stage, mesh.fsdp, **precision, reshard_after_forward=True, cpu_offload=False)
         stage.to_empty(device="cpu")
         init_weights(stage, args, seed=3)
         for name, p in stage.named_parameters():
             held[name] = (p.shape, held_indices(p), p.to_local().detach() if isinstance(p, DTensor) else p.detach())
+    dist.barrier()  # rank 0 has the store, through which the others may still be making their groups
     return held
 
 
-def test_initial_weights_do_not_depend_on_the_layout():
+def test_initial_weights_are_equal_in_any_layout():
     """Initial weights are bitwise equal on one rank and sharded, evenly, unevenly, and into fewer rows than ranks."""
     shape = dict(dim=36, n_layers=4, n_heads=6, n_kv_heads=2, hidden_dim=50, vocab_size=62)
     one = whole(run_ranks(1, _initial_weights, shape, {}))

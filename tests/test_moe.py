@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import IGNORE_INDEX, ModelArgs, Transformer, add_mtp_targets, mtp_targets
+from model import IGNORE_INDEX, ModelArgs, Transformer, add_mtp_targets
 from model.moe import MoE, Permute, experts_grouped, experts_in_a_loop, inverse_permutation
 from model.rope import rope_cos_sin
 from model.transformer import FeedForward
@@ -215,7 +215,8 @@ def test_mtp_loss_equals_textbook(tied):
         both = (layer.enorm(model.tok_embeddings.weight[next_tokens]), layer.hnorm(h))
         h = layer.norm(layer.block(layer.eh_proj(torch.cat(both, -1)), cos, sin)[0])
         total = total + 0.3 / 2 * cross_entropy(h, targets)
-    loss = model(tokens, positions, labels, **mtp_targets(tokens, labels, 2))
+    targets = add_mtp_targets(dict(tokens=tokens, labels=labels), depth=2)
+    loss = model(tokens, positions, labels, targets["mtp_tokens"], targets["mtp_labels"])
     torch.testing.assert_close(loss, main)
     names, parameters = zip(*model.named_parameters(), strict=True)
     ours, theirs = (torch.autograd.grad(value / 11, parameters) for value in (loss, total))

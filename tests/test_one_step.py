@@ -49,9 +49,9 @@ def num_tokens() -> int:
     return int((whole_batch()["labels"] >= 0).sum())
 
 
-def on_meta(args: ModelArgs) -> Transformer:
+def on_meta(args: ModelArgs, loss_chunk_size: int = 0) -> Transformer:
     with torch.device("meta"):
-        return Transformer(args).double()
+        return Transformer(args, loss_chunk_size).double()
 
 
 def start(*stages: nn.Module) -> None:
@@ -109,10 +109,10 @@ def test_hsdp_equals_one_process():
 # ------------------------------------------------------------------------------------------------------------- tensor
 
 
-def tensor_parallel_step() -> dict[str, torch.Tensor]:
+def tensor_parallel_step(loss_chunk_size: int) -> dict[str, torch.Tensor]:
     init_distributed("cpu", 60)
     mesh = build_mesh("cpu", 2, tp=2)
-    model = on_meta(DENSE)
+    model = on_meta(DENSE, loss_chunk_size)
     parallelize_tensor(model, mesh.tp)
     parallelize_data(model, mesh.fsdp, **FSDP)  # over one rank: it sums the gradients of replicated weights over tp
     check_parameters(model, mesh)
@@ -121,9 +121,10 @@ def tensor_parallel_step() -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
-def test_tensor_parallel_equals_one_process():
-    """Two ranks, each with half of every matrix and of the vocabulary."""
-    assert_equal(run_ranks(2, tensor_parallel_step)[0], reference(DENSE))
+@pytest.mark.parametrize("loss_chunk_size", [0, 24])
+def test_tensor_parallel_equals_one_process(loss_chunk_size):
+    """Two ranks, each with half of every matrix and of the vocabulary; with the reference loss, and in chunks."""
+    assert_equal(run_ranks(2, tensor_parallel_step, loss_chunk_size)[0], reference(DENSE))
 
 
 # ------------------------------------------------------------------------------------------------------------ context

@@ -1,7 +1,7 @@
 """Every layout equals one process: loss, each parameter's gradient, gradient norm, weights after three steps.
 
-In float64, so that nothing hides in rounding: agreement is near 1e-12, and 1e-9 is asked for. The layouts are listed in
-layouts.py; `pytest tests/test_parity.py --write-docs` writes docs/layouts.md from what it has proven.
+In float64, so that no error hides in rounding: agreement is near 1e-12, and 1e-9 is required. helpers/layouts.py lists
+the layouts; `pytest tests/test_parity.py --write-docs` writes docs/layouts.md from what it has proven.
 """
 
 import platform
@@ -19,10 +19,11 @@ from model import ModelArgs, Transformer
 from parallelize import build_mesh
 from parallelize.fsdp import parallelize_data
 from resilience.process_group import init_distributed
+from torch_private import torch_at_least
 
-BATCH_OF_RUNS = 4  # layouts that one set of processes trains: torch's caches stay warm, its process groups pile up
+BATCH_OF_RUNS = 8  # layouts that one set of processes trains: torch's caches stay warm
 DOCS = Path(__file__).parent.parent / "docs" / "layouts.md"
-IS_OLD = torch.__version__ < "2.12"
+IS_OLD = not torch_at_least(2, 12)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,11 @@ def references(tmp_path_factory, text):
 def trained(request, tmp_path_factory, text):
     """A function: layout's name -> its run. It trains several of the layouts that were selected together."""
     folder, runs = tmp_path_factory.mktemp("layouts"), {}
-    selected = [i.callspec.params["name"] for i in request.session.items if i.originalname == test_layout.__name__]
+    selected = [
+        i.callspec.params["name"]
+        for i in request.session.items
+        if i.originalname == test_layout_equals_one_process.__name__
+    ]
     waiting = [name for name in selected if not (IS_OLD and LAYOUTS[name].needs_torch_2_12)]
 
     def get(name: str) -> dict:
@@ -72,7 +77,7 @@ def assert_equal_runs(run: dict, reference: dict, tolerance: float = 1e-9) -> di
         errors[key] = max(abs(a / b - 1) for a, b in zip(series(run, key), series(reference, key), strict=True))
     for key in ("lr", "tokens_seen"):
         assert series(run, key) == series(reference, key)
-    # Which expert gets how many tokens, and the biases that follow from it, are not rounded.
+    # How many tokens each expert gets, and the biases that follow from it, are not rounded: they are equal.
     for ours, expected in zip(
         [*run["experts"], run["biases"]], [*reference["experts"], reference["biases"]], strict=True
     ):
@@ -125,9 +130,9 @@ largest. 1e-9 is what the test allows.
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout(name, trained, references, proven):
-    """Loss, every gradient, gradient norm and weights equal one process's, with the same global batch, whatever the
-    ranks, the way they are used and the number of microbatches."""
+def test_layout_equals_one_process(name, trained, references, proven):
+    """Loss, every gradient, gradient norm and weights equal those of one process with the same global batch, for any
+    number of ranks, layout and number of microbatches."""
     if IS_OLD and LAYOUTS[name].needs_torch_2_12:
         with pytest.raises(AssertionError, match=r"needs torch 2\.12"):
             trained(name)
@@ -136,8 +141,9 @@ def test_layout(name, trained, references, proven):
 
 
 @pytest.mark.parametrize("dim, hidden_dim", [(46, 24), (46, 22)])
-def test_experts_that_ranks_cannot_share_evenly(dim, hidden_dim, text, tmp_path):
-    """Fewer experts than ranks, and sizes of an expert that they cannot cut evenly: one of them, or none."""
+def test_uneven_experts_equal_one_process(dim, hidden_dim, text, tmp_path):
+    """With fewer experts than ranks, the ranks can cut evenly the columns of an expert's matrices, or neither their
+    rows nor their columns."""
     model = V2 | options(model__dim=dim, model__moe_hidden_dim=hidden_dim, model__n_experts=3, model__n_expert_groups=1)
     model |= options(model__topk_group=1)
     reference = train_on(1, tmp_path / "1", text, model, options(training__local_batch_size=8))
@@ -145,14 +151,14 @@ def test_experts_that_ranks_cannot_share_evenly(dim, hidden_dim, text, tmp_path)
     assert_equal_runs(run, reference)
 
 
-def test_docs_list_the_layouts():
-    """docs/layouts.md is of these layouts, and not of some that were proven once."""
+def test_docs_list_the_tested_layouts():
+    """docs/layouts.md lists the layouts of helpers/layouts.py, all of them and no others."""
     listed = [line.split(" | ")[0][2:] for line in DOCS.read_text().splitlines() if line.startswith("| ")]
     assert listed[1:] == list(LAYOUTS)
 
 
 def test_the_data_is_ragged(text, tmp_path):
-    """What makes the tests above strict: ranks and microbatches do hold different numbers of valid tokens."""
+    """This makes the tests above strict: ranks and microbatches hold different numbers of valid tokens."""
     run = train_on(4, tmp_path / "run", text, options(training__local_batch_size=1))
     for step in range(3):
         assert len({tuple(rank[step]) for rank in run["valid"]}) == 4  # all four ranks differ
@@ -186,7 +192,7 @@ def test_rope_stays_float32_under_mixed_precision():
     assert run_ranks(2, _dtypes_under_mixed_precision)[0] == [[torch.bfloat16, torch.float32, torch.float32]]
 
 
-def test_same_start_on_any_number_of_ranks(text, tmp_path):
+def test_first_loss_is_equal_on_any_number_of_ranks(text, tmp_path):
     """The first loss agrees to 1e-12 on 1, 2, 4 and 8 ranks: weights and data are the same."""
     first = [
         series(train_on(n, tmp_path / str(n), text, options(training__steps=1, training__local_batch_size=1)), "loss")[

@@ -1,4 +1,5 @@
-"""What float64 cannot run: compiled blocks in float32, bfloat16 compute, float8. Each against the plain float32 run."""
+"""Compiled blocks in float32, bfloat16 compute and float8, which float64 cannot run, each against the plain float32
+run."""
 
 import pytest
 import torch
@@ -7,7 +8,8 @@ from helpers.runs import options, series, side_by_side, train_all, write_ragged_
 
 FLOAT32 = options(
     training__dtype="float32", training__mixed_precision_param="float32", training__mixed_precision_reduce="float32",
-    # Adam makes a whole step of a gradient's sign, also of one that is nothing but rounding; this is far above those.
+    # Adam takes a whole step in the direction of a gradient's sign, even where the gradient is only rounding. This eps
+    # is far above the rounding.
     optimizer__eps=1e-4,
 )  # fmt: skip
 AXES = {"pp": "pipeline", "cp": "context", "tp": "tensor", "ep": "expert"}
@@ -34,10 +36,11 @@ def largest_error(run: dict, reference: dict) -> float:
     return max(((a[n] - b[n]).abs().max() / b[n].abs().max()).item() for a, b in pairs for n in b)
 
 
+MEMORY_BUDGET = options(activation_checkpoint__mode="memory_budget", activation_checkpoint__selective_option="0.5")
 COMPILED = {  # ranks, options
     "alone, inductor": (1, options(compile__backend="inductor", training__local_batch_size=8)),
     "fsdp2, full": (2, options(activation_checkpoint__mode="full")),
-    "fsdp2 memory budget": (2, options(activation_checkpoint__mode="memory_budget")),
+    "fsdp2 memory budget": (2, MEMORY_BUDGET),
     "tp2": (2, degrees(tp=2)),
     "fsdp2 tp2, selective": (4, degrees(tp=2) | options(activation_checkpoint__mode="selective")),
     "cp2, selective": (2, degrees(cp=2) | options(activation_checkpoint__mode="selective")),
@@ -47,7 +50,7 @@ COMPILED = {  # ranks, options
 
 
 @pytest.mark.parametrize("name", COMPILED)
-def test_compiled_layout(name, one_process, text, tmp_path):
+def test_compiled_layout_equals_eager_process(name, one_process, text, tmp_path):
     """Blocks and loss compiled, on each parallelism: loss, gradients and weights follow the eager run of one process to
     1e-4."""
     ranks, setting = COMPILED[name]
@@ -74,9 +77,9 @@ def norm_error(run: dict, reference: dict) -> float:
     return max(((a[n] - b[n]).norm() / b[n].norm()).item() for a, b in pairs for n in b)
 
 
-def test_grouped_product_follows_the_loop(mixtures):
-    """All experts in three products, in float32, follow the loop over experts in float64: loss to 1e-6, gradients to
-    1e-5."""
+def test_grouped_experts_follow_loop_over_experts(mixtures):
+    """The grouped products of all experts, in float32, follow the loop over experts in float64: loss to 1e-6, gradients
+    to 1e-5."""
     assert series(mixtures["float32"], "loss") == pytest.approx(series(mixtures["float64"], "loss"), rel=1e-6)
     assert norm_error(mixtures["float32"], mixtures["float64"]) < 1e-5
 
@@ -91,7 +94,7 @@ GROUPED = {  # ranks, options
 
 
 @pytest.mark.parametrize("name", GROUPED)
-def test_grouped_layout(name, mixtures, text, tmp_path):
+def test_grouped_experts_in_layout_follow_one_process(name, mixtures, text, tmp_path):
     """In float32, with the grouped product, a mixture on several ranks follows one process to 1e-5."""
     ranks, setting = GROUPED[name]
     run = train_all(ranks, {tmp_path / "run": text | V3 | FLOAT32 | options(training__local_batch_size=2) | setting})[0]
@@ -100,8 +103,9 @@ def test_grouped_layout(name, mixtures, text, tmp_path):
     assert norm_error(run, mixtures["float32"]) < 1e-5
 
 
-def test_compiled_mixture_in_bfloat16(text, tmp_path):
-    """The whole block compiled on one process, its parts where experts are apart: both follow eager bfloat16 to 1 %."""
+def test_compiled_moe_in_bfloat16_follows_eager(text, tmp_path):
+    """On one process the whole block is compiled, and its parts where experts are a separate group. Both follow eager
+    bfloat16 to 1 %."""
     bf16 = text | V3 | FLOAT32 | options(training__mixed_precision_param="bfloat16", training__local_batch_size=8)
     compiled = options(compile__enable="true", compile__backend="aot_eager")
     apart = bf16 | compiled | degrees(tp=2, ep=2) | options(activation_checkpoint__mode="selective")
@@ -134,9 +138,9 @@ def long_runs(tmp_path_factory, text):
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
-def test_float8_trains_as_bfloat16_does(recipe, long_runs):
-    """Over 200 steps the loss stays within 1 % of bfloat16's, while it falls by much more than that. In means of 10
-    steps: a single one tells how far two runs have come apart by chance."""
+def test_float8_trains_like_bfloat16(recipe, long_runs):
+    """Over 200 steps the loss falls by much more than 1 %, and stays within 1 % of bfloat16's. Compared are means of 10
+    steps, since a single step's losses differ by chance."""
 
     def means(name):
         losses = series(long_runs[name], "loss")
@@ -154,10 +158,10 @@ FLOAT8_LAYOUTS = {  # more in test_float8_layouts.py; ranks, options; a microbat
 
 
 @pytest.mark.parametrize("name", FLOAT8_LAYOUTS)
-def test_float8_layout(name, text, tmp_path):
-    """Float8 on several ranks is float8 on one that takes the sequences one by one. Sums differ in float32's last
-    digits, which now and then push a value over one of float8's borders: 1e-3 of a gradient, where another scale would
-    be 1e-1."""
+def test_float8_layout_equals_one_process(name, text, tmp_path):
+    """Float8 on several ranks equals float8 on one process that takes one sequence at a time. Sums differ in float32's
+    last digits, which push some values over a rounding boundary of float8: a difference of 1e-3 of a gradient, where a
+    wrong scale would make 1e-1."""
     ranks, setting = FLOAT8_LAYOUTS[name]
     common = text | FLOAT32 | FLOAT8 | options(training__local_batch_size=1, training__steps=1)
     one = train_all(1, {tmp_path / "one": common})[0]
@@ -168,7 +172,7 @@ def test_float8_layout(name, text, tmp_path):
         assert error < 5e-3, (parameter, error)
 
 
-def test_bfloat16_follows_float32(text, tmp_path):
+def test_bfloat16_training_follows_float32(text, tmp_path):
     """bfloat16 compute with float32 weights and sums stays within 1 % of float32 over 20 steps, on one process and with
     every axis; what is kept between steps, weights and gradients, is float32."""
     bf16 = text | FLOAT32 | options(training__steps=20, optimizer__lr=3e-3, training__local_batch_size=4)

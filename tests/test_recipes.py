@@ -1,9 +1,10 @@
-"""Every recipe in configs/ can be built on the machine that it is for; nothing is run."""
+"""Every recipe in configs/ can be built in the layout of its machine. No step is run."""
 
 import re
 from itertools import product
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from helpers.recipes import parameters_by_stage
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-# A process group that answers at once without having sent anything. Private, but there is no other.
+# The fake process group sends nothing, and each of its collectives returns at once. torch has no public equivalent.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from config import load_config
+from hf import get_model_args
+from limits import check_layout
 from model import get_flavor, num_params
 from parallelize import build_mesh
 from parallelize.init import indices_at
@@ -25,7 +28,7 @@ RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
 def num_ranks(recipe: Path) -> list[int]:
-    """The number of processes that the recipe's command starts; several numbers for a recipe for any machine."""
+    """The number of processes that the recipe's command starts; a recipe for any machine has several numbers."""
     command = recipe.read_text()
     per_machine, machines = (re.search(rf"--{option}=(\d+)", command) for option in ("nproc_per_node", "nnodes"))
     return [int(per_machine[1]) * (int(machines[1]) if machines else 1)] if per_machine else [1, 2, 3, 8, 16]
@@ -41,21 +44,22 @@ def numel_by_rank(parameter: nn.Parameter) -> tuple[int, list[int]]:
 
 
 def _built_on(world_size: int, rank: int, recipe: str) -> dict[str, tuple]:
-    """On one rank of a fake process group, for each parameter: the number of its elements, the number of elements that
-    this rank would allocate, and `numel_by_rank` over the ranks of this pipeline stage."""
+    """Builds the model on one rank of a fake process group. Returns for each parameter the number of its elements, the
+    number of elements that this rank would allocate, and `numel_by_rank` over the ranks of this pipeline stage."""
     import train
 
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    # The recipe's machine has float8 hardware, this one need not.
+    # The recipe's machine has float8 hardware, this machine may have none.
     emulate = ["--float8.emulate=true"] if load_config(["--job.config_file", recipe]).float8.enable else []
     config = load_config(["--job.config_file", recipe, *emulate])
     t = config.training
-    mesh = build_mesh("cpu", world_size, **train.degrees_of(config))
+    mesh = build_mesh("cpu", world_size, **config.parallelism.degrees)
     at_once = t.local_batch_size * mesh.dp_degree
     assert t.global_batch_size == -1 or t.global_batch_size % at_once == 0, (world_size, at_once)
-    args = train.model_args_of(config)
-    assert t.seq_len <= args.max_seq_len
-    stages = train.build_stages(config, args, mesh, "cpu")
+    args = get_model_args(**vars(config.model))
+    on_gpus = SimpleNamespace(degrees=mesh.degrees, world=SimpleNamespace(device_type="cuda"))
+    check_layout(config, args, on_gpus, SimpleNamespace(vocab_size=0))
+    stages = train.build_stages(config, args, mesh, at_once if t.global_batch_size == -1 else t.global_batch_size)
     train.build_forward_backward(config, stages, mesh, torch.device("cpu"))
     found = {}
     for name, parameter in (item for stage in stages for item in stage.named_parameters()):

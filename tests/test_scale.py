@@ -1,8 +1,8 @@
-"""DeepSeek-V3 671B on the 2,048 ranks of its recipe, on one core: where each element of each parameter is, and a step
-of the real `train.main`.
+"""DeepSeek-V3 671B on the 2,048 ranks of its recipe, simulated on one core: the place of each element of each
+parameter, and a step of the real `train.main`.
 
-Each simulated rank is a process with a process group that is only told to exist, and tensors that have a shape and no
-memory. Of what a step computes, shapes and types are real, and no value.
+Each simulated rank is a process with a fake process group, which sends nothing, and fake tensors, which have a shape
+and a dtype but no memory. So the shapes and dtypes of a step are real, and its values are not.
 """
 
 from contextlib import ExitStack
@@ -19,15 +19,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import load_config
+from hf import get_model_args
 from model import get_flavor
 from parallelize import build_mesh, expert
 from parallelize.init import indices_at
 
 RECIPE = Path(__file__).parent.parent / "configs" / "deepseek_v3_671b.toml"
 RANKS, STAGES, EP = 2048, 16, 64
-STAGE = RANKS // STAGES  # ranks of a stage; they are numbered in a row
+STAGE = RANKS // STAGES  # ranks of a stage; they have consecutive numbers
 EFSDP = STAGE // EP
-LAYERS = [3, 5, *[4] * 13, 1]  # of each stage: the first has the embedding, the last the head and a further depth
+LAYERS = [3, 5, *[4] * 13, 1]  # by stage: the first stage has the embedding, the last has the head and the MTP layer
 ARGS = get_flavor("deepseek_v3_671b")
 
 
@@ -36,37 +37,36 @@ def start_fake(rank: int) -> None:
 
 
 def rows_of(name: str, shape: torch.Size, rank: int) -> range:
-    """The positions along a parameter's first dimension that a rank of its stage should hold: of all others, it holds
-    all. By hand, from the rank's number alone."""
+    """The range of whole rows of a parameter that a rank of its stage should hold, from the rank's number alone."""
     place = rank % STAGE
-    if ".moe.experts." in name:  # the rank of the ep axis has neighbouring experts, that of efsdp a part of them
+    if ".moe.experts." in name:  # an ep rank has consecutive experts; its efsdp ranks share them
         efsdp, ep = divmod(place, EP)
         here = shape[0] // STAGE
         first = ep * shape[0] // EP + efsdp * here
-    else:  # FSDP's parts have equal size, and the last ranks what is left of it
+    else:  # FSDP's parts have equal size, except for those of the last ranks, which may be smaller or empty
         here = -(-shape[0] // STAGE)
         first = place * here
     return range(min(first, shape[0]), min(first + here, shape[0]))
 
 
 def _check_places(rank: int) -> tuple[set[str], dict[str, list[int]]]:
-    """Builds a rank's stage and checks who holds what of it. The names of its parameters, and the ranks that this one
-    meets on each axis."""
+    """Builds a rank's stage and checks which rank holds which part of it. Returns the names of its parameters, and the
+    ranks that it communicates with on each axis."""
     import train
 
     start_fake(rank)
     config = load_config([f"--job.config_file={RECIPE}", "--compile.enable=false"])
-    mesh = build_mesh("cpu", RANKS, **train.degrees_of(config))
-    (stage,) = train.build_stages(config, train.model_args_of(config), mesh, "cpu")
+    mesh = build_mesh("cpu", RANKS, **config.parallelism.degrees)
+    args = get_model_args(**vars(config.model))
+    (stage,) = train.build_stages(config, args, mesh, config.training.global_batch_size)
     checked = set()
     for name, p in stage.named_parameters():
         rows, others = rows_of(name, p.shape, rank), p.shape[1:]
         assert list(p.to_local().shape) == [len(rows), *others], name
         kind = (p.shape, p.placements, p.device_mesh, ".moe.experts." in name)
         if kind not in checked:
-            # In the order of the ranks.
             everywhere = [indices_at(p, c, "cpu") for c in product(*map(range, p.device_mesh.shape))]
-            for place, (first, *rest) in enumerate(everywhere):
+            for place, (first, *rest) in enumerate(everywhere):  # in the order of the ranks
                 assert first.tolist() == list(rows_of(name, p.shape, place)), (name, place)
                 assert [len(r) for r in rest] == list(others), (name, place)
             assert torch.cat([first for first, *_ in everywhere]).sort().values.tolist() == list(range(len(p))), name
@@ -77,9 +77,9 @@ def _check_places(rank: int) -> tuple[set[str], dict[str, list[int]]]:
 
 
 @pytest.mark.parametrize("rank", [0, 127, 1000, 2047])
-def test_every_parameter_is_where_it_should_be(rank):
-    """A rank has its stage's layers and no other, and of each of their parameters just the part that its number says;
-    the ranks of the stage together hold each element once. Those that it communicates with are the right ones."""
+def test_671b_rank_holds_its_part_of_each_parameter(rank):
+    """A rank has the layers of its stage and no others, and of each parameter the part that follows from its number.
+    The ranks of a stage together hold each element once. On each axis the rank communicates with the right ranks."""
     names, axes = run_ranks(1, _check_places, rank)[0]
     stage, place = divmod(rank, STAGE)
     is_first, is_last = stage == 0, stage == STAGES - 1
@@ -99,8 +99,8 @@ def test_every_parameter_is_where_it_should_be(rank):
     )
 
 
-class NothingIsKnown(TorchDispatchMode):
-    """Whoever waits for a number from the device is told 1; a tensor without memory has no answer to `.item()`."""
+class ItemIsOne(TorchDispatchMode):
+    """Makes `.item()` return 1: a tensor without memory has no value."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -109,9 +109,9 @@ class NothingIsKnown(TorchDispatchMode):
 
 
 def _one_step_on(rank: int, folder: str, text: str) -> dict:
-    """`train.main` for one step, and what was seen of it. Not the real thing are: process group, memory, initial
-    values; the pipeline's schedule, which looks at what has arrived, so that the stage runs one microbatch by itself;
-    the routers' choice, which is balanced; and nothing is compiled or saved."""
+    """Runs `train.main` for one step, and returns what was recorded of it. These are not real: the process group, the
+    memory, the initial values, and the choice of the routers, which is balanced. The pipeline's schedule reads what it
+    receives, so the stage runs one microbatch without it. Nothing is compiled or saved."""
     import resilience.run
     import train
     from model import moe
@@ -126,9 +126,9 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
     def build_stages(*args):
         stages = real["build_stages"](*args)
-        # Only from here on, as slices of a mesh are values.
+        # Only from here on: the mesh needs real tensors for its slices.
         without_memory.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        without_memory.enter_context(NothingIsKnown())
+        without_memory.enter_context(ItemIsOne())
         return stages
 
     def build_forward_backward(config, stages, mesh, device):
@@ -161,13 +161,13 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
     def clip_grad_norm(*args):
         for name, p in seen["parameters"].items():
-            is_like_it = p.grad.placements == p.placements and p.grad.to_local().shape == p.to_local().shape
-            seen["gradients"][name] = is_like_it, p.grad.dtype
+            is_alike = p.grad.placements == p.placements and p.grad.to_local().shape == p.to_local().shape
+            seen["gradients"][name] = is_alike, p.grad.dtype
         return real["clip_grad_norm"](*args)
 
-    def update(balance):
-        real["update"](balance)
-        seen["counted"] += balance.shares
+    def update(balancer):
+        real["update"](balancer)
+        seen["counted"] += balancer.shares
 
     def all_gather_object(everywhere, mine, group=None):
         everywhere[:] = [mine] * len(everywhere)
@@ -196,16 +196,17 @@ def _one_step_on(rank: int, folder: str, text: str) -> dict:
 
 
 @pytest.mark.parametrize("rank", [0, 1000, 2047], ids=["first stage", "middle stage", "last stage"])
-def test_one_step(rank, tmp_path):
-    """Forward, backward with recomputation, clipping, optimizer and expert biases of one stage, by `train.main`: each
-    of its experts gets its rows, each parameter a gradient that is sharded like itself, in float32, and an update."""
+def test_671b_step_updates_every_parameter(rank, tmp_path):
+    """`train.main` runs one stage's forward, backward with recomputation, clipping, optimizer step and update of expert
+    biases. Each expert gets its rows; each parameter gets a float32 gradient, sharded like itself, and an update."""
     (tmp_path / "text.txt").write_text("abcdefg " * 2000)
     seen = run_ranks(1, _one_step_on, rank, str(tmp_path), str(tmp_path / "text.txt"))[0]
     stage = rank // STAGE
     is_last = stage == STAGES - 1
     assert seen["batch"] == (120, 4096)
     assert seen["result"] == (((), torch.float32) if is_last else ((1, 4096, ARGS.dim), torch.bfloat16))
-    # Rows as many as it sends away, for the experts of its ep rank, gathered over efsdp; once more when recomputed.
+    # A rank receives as many rows as it sends, for the experts of its ep rank, gathered over efsdp. Blocks are
+    # recomputed, so each block's experts run twice.
     mixtures = [i for i in range(sum(LAYERS[:stage]), sum(LAYERS[: stage + 1])) if i >= ARGS.n_dense_layers]
     mixtures += [ARGS.n_layers] if is_last else []  # the block of multi-token prediction
     n, d, f = ARGS.n_experts // EP, ARGS.dim, ARGS.moe_hidden_dim
@@ -214,6 +215,6 @@ def test_one_step(rank, tmp_path):
     assert seen["counted"] == mixtures
     assert set(seen["gradients"].values()) == {(True, torch.float32)}
     assert seen["updated"] == list(seen["gradients"])
-    # All that it holds, but for the copy of the embedding, which the first stage updates.
+    # All parameters of the stage, except for the last stage's copy of the embedding, which the first stage updates.
     held = parameters_by_stage(load_config([f"--job.config_file={RECIPE}"]), STAGES)[stage]
     assert set(seen["updated"]) == held.keys() - ({"tok_embeddings.weight"} if is_last else set())

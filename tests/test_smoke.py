@@ -1,4 +1,4 @@
-"""The smoke run: what it runs is equal in float64, what differs is told, and what fails is told."""
+"""The smoke run: its layouts agree in float64, and it names a layout that differs and a run that fails."""
 
 import json
 import os
@@ -23,14 +23,14 @@ STEPS = [
 
 
 def command(*arguments: str) -> tuple[int, list[str], list[str]]:
-    """What `smoke.py ARGUMENTS` exits with, and the lines that it prints: stdout, stderr."""
+    """Runs `smoke.py ARGUMENTS`: its exit status, the lines of stdout, the lines of stderr."""
     program = [sys.executable, str(ROOT / "scripts" / "smoke.py"), *arguments]
     done = subprocess.run(program, capture_output=True, text=True, cwd=ROOT, env=os.environ)
     return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
 
 
-def test_a_layout_and_a_resumed_run_on_two_ranks(tmp_path):
-    """In float64 it is one process's to 1e-9, and so is a run that goes on in two other layouts."""
+def test_smoke_run_on_two_ranks_equals_one_process(tmp_path):
+    """In float64 a layout equals one process to 1e-9, and so does a run that resumes in two other layouts."""
     patterns = ("moe: tp 2, ep 2", "dense: fsdp 2, then *")
     status, lines, errors = command("2", "--cpu", "--dtype", "float64", "--folder", str(tmp_path), "--only", *patterns)
     assert status == 0, (lines, errors)
@@ -42,17 +42,17 @@ def test_a_layout_and_a_resumed_run_on_two_ranks(tmp_path):
     for row in results["layouts"]:
         assert len(row["steps"]) == smoke.STEPS and not row["wrong"]
         assert row["layout"].endswith("alone") or 0 < max(d for d, _ in row["differences"].values()) < 1e-9
-    assert len(results["layouts"][2]["steps"][0]["gradients"]["norm.weight"]) == 2  # as both ranks know it
+    assert len(results["layouts"][2]["steps"][0]["gradients"]["norm.weight"]) == 2  # the values of both ranks
 
 
 @pytest.mark.parametrize("model", ("dense", "moe"))
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32", "float64"))
-def test_what_differs_is_told(model, dtype):
-    """A parameter's gradient that is doubled or turned, on one rank alone too, has run away or is missing, a norm or a
-    loss that is off, a loss that is no number: each is a verdict with its place, in every dtype."""
+def test_difference_is_named_with_its_place(model, dtype):
+    """Each of these gives a verdict with its place, in every dtype: a parameter's gradient that is doubled, also on one
+    rank alone, that points elsewhere, diverges or is missing; a wrong grad norm or loss; a loss of NaN."""
     tolerance = smoke.TOLERANCE[model, dtype]
     assert smoke.verdict(smoke.differences(STEPS, STEPS), tolerance) == ""
-    for change, said in (
+    for change, expected in (
         (lambda steps: steps[0]["gradients"].update({"norm.weight": [(0.02, 0.0)]}), "norm.weight, step 1"),
         (lambda steps: steps[0]["gradients"].update({"layers.0.w": [(0.5, 0.3), (1.0, 0.6)]}), "layers.0.w, step 1"),
         (lambda steps: steps[0]["gradients"].update({"layers.0.w": [(0.5, -0.3)]}), "layers.0.w, step 1"),
@@ -64,11 +64,11 @@ def test_what_differs_is_told(model, dtype):
     ):
         steps = deepcopy(STEPS)
         change(steps)
-        assert said in smoke.verdict(smoke.differences(steps, STEPS), tolerance)
+        assert expected in smoke.verdict(smoke.differences(steps, STEPS), tolerance)
 
 
-def test_a_layout_that_differs_ends_the_smoke_run_in_an_error(tmp_path, monkeypatch):
-    """One wrong layout of many: the others are run all the same, and the error names it, and what is wrong."""
+def test_smoke_run_fails_if_one_layout_differs(tmp_path, monkeypatch):
+    """The other layouts still run, and the error names the layout and the quantity that differs."""
     seen = []
 
     def wrong_with_dualpipe(name, ranks, arguments, folder):
@@ -79,25 +79,25 @@ def test_a_layout_that_differs_ends_the_smoke_run_in_an_error(tmp_path, monkeypa
         return steps
 
     monkeypatch.setattr(smoke, "run", wrong_with_dualpipe)
-    monkeypatch.setattr(smoke, "V_SHAPED", ())  # also before torch 2.12
-    told = r"^1 of 8 runs differ .*: dense: pp 2, fsdp 4, DualPipeV: gradients, step 1 by"
-    with patch.dict(os.environ), pytest.raises(ValueError, match=told):
+    monkeypatch.setattr(smoke, "V_SCHEDULES", ())  # also before torch 2.12
+    message = r"^1 of 8 runs differ .*: dense: pp 2, fsdp 4, DualPipeV: gradients, step 1 by"
+    with patch.dict(os.environ), pytest.raises(ValueError, match=message):
         smoke.main(["8", "--cpu", "--folder", str(tmp_path), "--only", "*: pp*"])
     assert len(seen) == 8
 
 
-def test_a_run_that_fails_ends_the_smoke_run_in_one_line(tmp_path):
-    """The run's own error, with the layout's name; and so does a name that no layout has."""
+def test_failed_run_ends_the_smoke_run_in_one_line(tmp_path):
+    """The line has the layout's name and the error of the run. A pattern that matches no layout is one line too."""
     with pytest.raises(ValueError, match=r"^dense: cp 2 failed: .*expected at least 1"):
         smoke.run("dense: cp 2", 2, ["--job.device=cpu", "--parallelism.context_parallel_degree=0"], tmp_path)
     status, _, errors = command("2", "--only", "dens")
     assert (
-        status == 1 and len(errors) == 1 and errors[0].startswith("error: no layout is named dens; there are: dense: ")
+        status == 1 and len(errors) == 1 and errors[0].startswith("error: no layout matches dens; there are: dense: ")
     )
 
 
-def test_fewer_ranks_take_halved_degrees():
-    """Of eight ranks there are twenty layouts; of fewer, what of them is left, each once and on exactly these ranks."""
+def test_layouts_fit_any_number_of_ranks():
+    """There are twenty layouts on 8, 4 and 2 ranks, five on one rank; all are different and use all ranks."""
     for ranks, expected in ((8, 20), (4, 20), (2, 20), (1, 5)):
         layouts = all_layouts(ranks)
         assert len(layouts) == expected == len(set(layouts))

@@ -1,4 +1,4 @@
-"""train.py as a user sees it: launch, resume, checkpoints, files it writes, and errors of one line."""
+"""train.py as a user sees it: launch, resume, checkpoints, its files, and errors of one line."""
 
 import os
 import re
@@ -18,14 +18,14 @@ def text(tmp_path_factory):
 
 
 def trained(ranks: int, folder, *settings) -> list[str]:
-    """Trains in folder / "run" with fp64 TINY; the printed lines. Fails if the run does."""
+    """Trains TINY in folder / "run" in float64; returns the printed lines. Fails if the run fails."""
     ended_well, lines = run_command(ranks, argv(TINY, {"job.dump_folder": str(folder / "run")}, *settings), folder)
     assert ended_well, lines
     return lines
 
 
 def refused(ranks: int, folder, *settings) -> str:
-    """The one line with which a run ended that must not start."""
+    """Starts a run that must be refused; returns the one error line with which it ended."""
     ended_well, lines = run_command(ranks, argv(TINY, {"job.dump_folder": str(folder / "run")}, *settings), folder)
     errors = [line for line in lines if line.startswith("error")]
     assert not ended_well and len(errors) == 1 and lines[-1] == errors[0], lines
@@ -34,7 +34,7 @@ def refused(ranks: int, folder, *settings) -> str:
 
 
 def exact(folder) -> list[tuple]:
-    """What must not change from run to run, to the last bit."""
+    """The numbers that must not change from run to run, to the last bit."""
     return [(r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens_seen"]) for r in read_metrics(folder / "run")]
 
 
@@ -43,16 +43,16 @@ def exact(folder) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, text):
-    """Twenty steps without a stop, on four ranks."""
+    """The folder of a run of twenty steps on four ranks, without a stop."""
     folder = tmp_path_factory.mktemp("straight")
     trained(4, folder, text, SAVE, options(training__steps="20", lr_scheduler__warmup_steps="4"))
     return folder
 
 
 def in_parts(folder, text, *parts) -> None:
-    """A run of 20 steps that is stopped and resumed: parts are (ranks, step at which it stops)."""
+    """Runs 20 steps with stops and resumes: parts are (ranks, step at which the run stops)."""
     for ranks, stop in parts:
-        # Interrupted, not reconfigured: the schedule must believe in 20 steps throughout.
+        # The run is interrupted, not configured with fewer steps: its learning rate schedule must be that of 20 steps.
         settings = [text, SAVE, options(training__steps="20", lr_scheduler__warmup_steps="4")]
         if stop == 20:
             trained(ranks, folder, *settings)
@@ -63,16 +63,16 @@ def in_parts(folder, text, *parts) -> None:
 
 
 def test_resume_is_exact_on_the_same_layout(straight, text, tmp_path):
-    """10 + 10 steps, and 5 + 5 + 10 with a second resume, equal 20 to the last bit."""
+    """10 + 10 steps, and 5 + 5 + 10 steps with a second resume, equal 20 steps to the last bit."""
     for name, parts in (("once", [(4, 10), (4, 20)]), ("twice", [(4, 5), (4, 10), (4, 20)])):
         (tmp_path / name).mkdir()
         in_parts(tmp_path / name, text, *parts)
         assert exact(tmp_path / name) == exact(straight)
 
 
-@pytest.mark.parametrize("parts", [[(4, 10), (2, 20)], [(2, 10), (8, 20)], [(1, 5), (8, 15), (3 - 1, 20)]])
-def test_resume_on_other_ranks(straight, text, tmp_path, parts):
-    """Stopped on some number of ranks and resumed on another, once and twice: equal to 1e-9."""
+@pytest.mark.parametrize("parts", [[(4, 10), (2, 20)], [(2, 10), (8, 20)], [(1, 5), (8, 15), (2, 20)]])
+def test_resume_on_another_number_of_ranks_equals_straight_run(straight, text, tmp_path, parts):
+    """A run that resumes once or twice, each time on another number of ranks, equals the straight run to 1e-9."""
     in_parts(tmp_path, text, *parts)
     for row, expected in zip(exact(tmp_path), exact(straight), strict=True):
         assert row == pytest.approx(expected, rel=1e-9)
@@ -89,8 +89,8 @@ def in_layout(pp=1, replicate=1, cp=1, tp=1, **more):
 
 
 def test_resume_in_any_layout(text, tmp_path):
-    """A run that changes its layout every two steps, tensor to pipeline parallel and so on, is the run of one process:
-    equal to 1e-9. Embedding and head are one weight, which the pipelines have twice."""
+    """A run that changes its layout every two steps, tensor to pipeline parallel and so on, equals one process to 1e-9.
+    Embedding and head are tied; a pipeline has this weight twice."""
     interleaved = options(parallelism__pipeline_parallel_schedule="Interleaved1F1B")
     layouts = [  # ranks, layout
         (4, in_layout(tp=4)),
@@ -119,7 +119,7 @@ def test_resume_in_any_layout(text, tmp_path):
 
 
 def test_work_after_the_last_checkpoint_is_repeated(straight, text, tmp_path):
-    """Killed at step 13, resumed from step 10: steps 11 to 13 are run again, and give the same numbers."""
+    """A run that is killed at step 13 resumes from step 10: steps 11 to 13 run again and give the same numbers."""
     in_parts(tmp_path, text, (4, 13), (4, 20))
     rows = exact(tmp_path)
     assert [r[0] for r in rows] == [*range(1, 14), *range(11, 21)]
@@ -129,8 +129,9 @@ def test_work_after_the_last_checkpoint_is_repeated(straight, text, tmp_path):
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
-def test_checkpoints_that_are_kept(text, tmp_path):
-    """Every interval and the last step are saved, the oldest deleted; a finished run has nothing more to do."""
+def test_oldest_checkpoints_are_deleted(text, tmp_path):
+    """Every interval and the last step are saved, and keep_latest_k checkpoints are kept. A finished run that is
+    started again does nothing."""
     save = options(checkpoint__interval="2", checkpoint__keep_latest_k="2", training__steps="7")
     trained(2, tmp_path, text, SAVE, save)
     folder = tmp_path / "run" / "checkpoint"
@@ -139,8 +140,8 @@ def test_checkpoints_that_are_kept(text, tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == list(range(1, 8))
 
 
-def test_incomplete_checkpoints_are_invisible(text, tmp_path):
-    """A folder that was being written when its run was killed is neither loaded nor in the way."""
+def test_incomplete_checkpoint_is_removed_not_loaded(text, tmp_path):
+    """A run resumes from the newest complete checkpoint, and removes a folder that a killed run left unfinished."""
     trained(2, tmp_path, text, SAVE, options(training__steps="5"))
     folder = tmp_path / "run" / "checkpoint"
     (folder / "incomplete-step-10").mkdir()
@@ -150,8 +151,9 @@ def test_incomplete_checkpoints_are_invisible(text, tmp_path):
     assert sorted(os.listdir(folder)) == ["step-10", "step-5"]
 
 
-def test_going_back_starts_another_history(text, tmp_path):
-    """load_step resumes from an older checkpoint; newer ones are kept aside, not resumed from by a later start."""
+def test_load_step_sets_newer_checkpoints_aside(text, tmp_path):
+    """load_step resumes from an older checkpoint. Newer checkpoints are renamed, so that no later start resumes from
+    them."""
     save = options(checkpoint__interval="2", training__steps="6")
     trained(2, tmp_path, text, SAVE, save)
     lines = trained(2, tmp_path, text, SAVE, save, options(checkpoint__load_step="2", checkpoint__keep_latest_k="0"))
@@ -160,8 +162,8 @@ def test_going_back_starts_another_history(text, tmp_path):
     assert names == ["step-2", "step-4", "step-6", "superseded-step-4", "superseded-step-6"]
 
 
-def test_start_from_weights(text, tmp_path):
-    """initial_load_path takes the weights alone: step, data and optimizer begin anew."""
+def test_initial_load_path_loads_weights_alone(text, tmp_path):
+    """The new run starts from the weights of the checkpoint, at step 0, with new data and optimizer state."""
     trained(2, tmp_path, text, SAVE, options(training__steps="5"))
     path = tmp_path / "run" / "checkpoint" / "step-5"
     other = tmp_path / "other"
@@ -169,14 +171,15 @@ def test_start_from_weights(text, tmp_path):
     trained(1, other, text, options(checkpoint__initial_load_path=path, training__steps="1"))
     fresh, warm = exact(tmp_path)[0], exact(other)[0]
     assert fresh[0] == warm[0] == 1 and warm[1] < fresh[1] - 0.1
-    assert "checkpoint" not in os.listdir(other / "run")  # nothing is written unless asked for
+    assert "checkpoint" not in os.listdir(other / "run")  # checkpoints are off
 
 
 # ------------------------------------------------------------------------------------------------ launch and files
 
 
-def test_torchrun_and_the_saved_config(text, tmp_path):
-    """torchrun with two processes trains; metrics.jsonl has every key; running from config.toml gives the same run."""
+def test_torchrun_trains_and_saved_config_repeats_the_run(text, tmp_path):
+    """torchrun trains with two processes, and metrics.jsonl has every key. A run from config.toml gives the same
+    numbers."""
     arguments = argv(TINY, text, {"job.dump_folder": str(tmp_path / "run"), "metrics.enable_tensorboard": "true"})
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     printed = subprocess.run(command + arguments, capture_output=True, text=True, check=True)
@@ -197,7 +200,7 @@ def test_torchrun_and_the_saved_config(text, tmp_path):
 
 
 def test_plain_python_is_one_process(text, tmp_path):
-    """`python train.py` needs no launcher."""
+    """`python train.py` trains without a launcher."""
     command = [sys.executable, "train.py", *argv(TINY, text, {"job.dump_folder": str(tmp_path / "run")})]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     subprocess.run(command, capture_output=True, check=True, env=environment)
@@ -217,7 +220,10 @@ def test_plain_python_is_one_process(text, tmp_path):
         ({"training.global_batch_size": "7"}, "training.global_batch_size (7) must be a multiple of"),
         ({"data.path": "/no/such/folder"}, "/no/such/folder"),
         ({"data.tokenizer": "/no/such/tokenizer.model"}, "/no/such/tokenizer.model"),
-        ({"training.seq_len": "8000"}, "training.seq_len (8000) needs 8001 tokens, but the whole data has"),
+        (
+            {"training.seq_len": "8000", "model.max_seq_len": "8000"},
+            "needs 8001 tokens, but the whole data has",
+        ),
         ({"model.max_seq_len": "16"}, "training.seq_len (32) is longer than model.max_seq_len (16)"),
         ({"model.vocab_size": "100"}, "--model.vocab_size 258"),
         ({"training.enable_cpu_offload": "true"}, "training.enable_cpu_offload"),
@@ -227,12 +233,12 @@ def test_plain_python_is_one_process(text, tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(settings, message, text, tmp_path):
-    """Two ranks, a non-zero exit, and a last line that rank 0 alone has written."""
+    """Two ranks end with a non-zero status, and rank 0 alone prints the error, as the last line."""
     assert message in refused(2, tmp_path, text, settings)
 
 
-def test_checkpoint_of_another_model(text, tmp_path):
-    """The differing sizes are named; so is a dtype that would be cast in silence."""
+def test_checkpoint_of_another_model_is_refused(text, tmp_path):
+    """The error names the sizes that differ, or a dtype that would be cast without a warning."""
     trained(1, tmp_path, text, SAVE, options(training__steps="1"))
     line = refused(2, tmp_path, text, SAVE, options(model__hidden_dim="64", model__n_layers="3"))
     assert "checkpoint of another model: n_layers is 2 there, 3 here; hidden_dim is 60 there, 64 here" in line
@@ -240,8 +246,8 @@ def test_checkpoint_of_another_model(text, tmp_path):
     assert "stored as torch.float64, this run has torch.float32" in line
 
 
-def test_changed_data_is_noticed(text, tmp_path):
-    """Resuming on another text is allowed, and said."""
+def test_resume_on_other_data_warns(text, tmp_path):
+    """Resuming on another text is allowed, with a warning."""
     trained(1, tmp_path, text, SAVE, options(training__steps="1"))
     other = tmp_path / "other.txt"
     other.write_text("something else " * 100)
@@ -250,7 +256,7 @@ def test_changed_data_is_noticed(text, tmp_path):
 
 
 def test_an_unexpected_error_keeps_its_traceback():
-    """Only errors that are raised on purpose are cut to a line: a bug in a library must stay debuggable."""
+    """Only errors that are raised on purpose are cut to one line: a bug in a library must stay debuggable."""
     program = (
         "from resilience import clean_exit\nimport torch\n"
         "with clean_exit():\n    torch.optim.SGD([], lr=1)\n"  # a ValueError of torch's

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 from model import IGNORE_INDEX, ModelArgs, Transformer
 from model.head import Head, reference_loss
+from resilience import Run
 from resilience.health import LossSpikes
-from resilience.process_group import init_distributed, require_same_on_all_ranks
+from resilience.process_group import init_distributed
 from training.lr_schedule import learning_rate
 from training.metrics import PEAK_FLOPS
 from training.optimizer import build_optimizer, clip_grad_norm
@@ -50,18 +51,18 @@ def test_sqrt_and_constant():
 
 
 def test_only_matrices_are_decayed():
-    """Norms never, the embedding as asked, a tied head with its embedding; every parameter in exactly one group."""
+    """Norms, the token embedding and a head that is tied to it are not decayed. Every parameter is in one group, and
+    each group keeps its peak learning rate."""
     shape = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, hidden_dim=48, vocab_size=64)
     options = dict(name="AdamW", lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     for tied in (False, True):
         model = Transformer(ModelArgs(**shape, tie_embeddings=tied))
-        for decay_embeddings in (False, True):
-            optimizer = build_optimizer(dict(model.named_parameters()), **options, decay_embeddings=decay_embeddings)
-            decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-            assert decay.keys() == set(model.parameters())
-            for name, p in model.named_parameters():
-                spared = "norm" in name or ("tok_embeddings" in name and not decay_embeddings)
-                assert decay[p] == (0.0 if spared else 0.1), name
+        optimizer = build_optimizer(dict(model.named_parameters()), **options)
+        decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        assert decay.keys() == set(model.parameters())
+        for name, p in model.named_parameters():
+            assert decay[p] == (0.0 if "norm" in name or "tok_embeddings" in name else 0.1), name
+        assert [group["initial_lr"] for group in optimizer.param_groups] == [1e-3, 1e-3]
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 10, 64])
@@ -157,9 +158,9 @@ def test_norm_of_bfloat16_gradients_is_not_rounded(pp):
 
 def _refused_difference():
     init_distributed("cpu", 60)
-    require_same_on_all_ranks(data="the same")
+    Run.require_same_on_all_ranks(data="the same")
     with pytest.raises(ValueError) as error:
-        require_same_on_all_ranks(configuration="the same", data=f"from machine {dist.get_rank()}")
+        Run.require_same_on_all_ranks(configuration="the same", data=f"from machine {dist.get_rank()}")
     return str(error.value)
 
 

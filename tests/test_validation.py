@@ -15,8 +15,8 @@ from data import build_dataset
 from data.dataset import permute
 from data.prepare import prepare
 from data.sources import build_source
+from hf import get_model_args
 from model import Transformer
-from train import model_args_of
 
 NUM_SEQUENCES = 11  # not a multiple of any batch size
 VALIDATE = options(validation__enable="true", validation__interval="2", validation__num_sequences=NUM_SEQUENCES)
@@ -107,7 +107,7 @@ def test_validation_loss_is_the_mean_over_tokens(text, references):
     """It equals the losses of each held-out sequence by itself, summed and divided by all valid tokens."""
     run, _ = references["grouped"]
     config = load_config(argv(TINY, text))
-    model = Transformer(model_args_of(config)).double()
+    model = Transformer(get_model_args(**vars(config.model))).double()
     model.load_state_dict(run["weights"])
     dataset = build_dataset(
         "text",

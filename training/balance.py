@@ -17,24 +17,22 @@ IDLE = 0.1  # an expert with less than this fraction of the mean load is idle; i
 
 
 class ExpertLoadBalancer:
-    """Balances the routers of this rank's stages. Every method but `reset` is a collective. In a dense model no method
-    does anything.
+    """Balances the routers of this rank's stages. tokens: the ranks that have other tokens for the same layers; pp: the
+    ranks that have other layers. Every method but `reset` is a collective. In a dense model no method does anything.
 
-    With L mixture layers of E experts, an update is one all-reduce of the counts of this rank's stages, 8 E bytes per
-    layer; a report is one all-reduce over pp of 24 bytes per layer of the whole model, in steps that are logged.
+    With E experts, an update is one all-reduce of the counts of this rank's stages, 8 E bytes per MoE layer; a report
+    is one all-reduce over pp of 24 bytes per MoE layer of the whole model, in steps that are logged.
     """
 
     def __init__(self, stages: list[nn.Module], tokens: DeviceMesh, pp: DeviceMesh):
-        """tokens: the ranks that have other tokens for the same layers; pp: the ranks that have other layers."""
-        self.tokens, self.pp = tokens, pp
-        args = stages[0].args
+        self.tokens, self.pp, args = tokens, pp, stages[0].args
         self.has_bias, self.bias_speed = args.expert_bias, args.expert_bias_speed
-        # The mixture layers of the whole model, and the routers of those that are on this rank.
+        # The MoE layers of the whole model, and the routers of those that are on this rank.
         self.layers = [i for i in range(args.n_layers + args.n_mtp_layers) if args.is_moe_layer(i)]
         blocks = [item for stage in stages for item in stage.blocks().items()]
         self.routers = {layer: block.moe.router for layer, block in blocks if block.moe is not None}
-        buffers = [item for stage in stages for item in stage.named_buffers()]
         # By name in the model: a checkpoint holds them beside the parameters.
+        buffers = [item for stage in stages for item in stage.named_buffers()]
         self.biases = {name: buffer for name, buffer in buffers if name.endswith(".expert_bias")}
         self.shares = {}  # by layer, each expert's tokens in the last step over the mean: float64 [E]
 
@@ -58,18 +56,17 @@ class ExpertLoadBalancer:
             router.tokens_per_expert.zero_()
 
     def report(self) -> dict[str, list[float]]:
-        """Of the last step, a value for each mixture layer of the whole model, in order: `expert_load`, the tokens of
-        the busiest expert over the mean; `expert_idle`, the fraction of experts that are idle; and with a bias
+        """Of the last step, a value for each MoE layer of the whole model, in order: `expert_load`, the tokens of the
+        busiest expert over the mean; `expert_idle`, the fraction of experts that are idle; and with a bias
         `expert_bias_range`, the largest bias minus the smallest. Empty for a dense model."""
         if not self.layers:
             return {}
         values = torch.zeros(len(self.layers), 3, dtype=torch.float64, device=self.pp.device_type)
         for layer, share in self.shares.items():
-            row = values[self.layers.index(layer)]
+            row, router = values[self.layers.index(layer)], self.routers[layer]
             row[0], row[1] = share.max(), (share < IDLE).double().mean()
             if self.has_bias:
-                bias = self.routers[layer].expert_bias
-                row[2] = bias.max() - bias.min()
+                row[2] = router.expert_bias.max() - router.expert_bias.min()
         dist.all_reduce(values, group=self.pp.get_group())  # a layer is in one stage; the other stages have 0
         load, idle, bias_range = values.T.tolist()
         report = {"expert_load": load, "expert_idle": idle}
@@ -79,9 +76,8 @@ class ExpertLoadBalancer:
 def collapse_warning(report: dict[str, list[float]]) -> str | None:
     """A line of warning if in any layer at least half of the experts are idle."""
     collapsed = [f"{i} ({idle:.0%})" for i, idle in enumerate(report.get("expert_idle", [])) if idle >= 0.5]
-    if not collapsed:
-        return None
-    return (
+    line = (
         f"warning: routing collapses: mixture layers, and the fraction of their experts that get less than {IDLE:.0%} "
         f"of the mean load: {', '.join(collapsed)}; raise model.expert_bias_speed or model.balance_loss_weight."
     )
+    return line if collapsed else None

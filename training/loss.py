@@ -1,9 +1,9 @@
 """The loss under one rule: sum over everything, divide once. (The cross entropy itself is in `model/head.py`.)
 
 A mean of per-rank or per-microbatch means gives too much weight to the tokens of ranks that have few valid tokens
-(pytorch/torchtitan #1842), and every further axis would need a correction factor of its own. So each microbatch's loss
-is the sum over its tokens, divided before backward by the number of valid tokens of the *whole* optimizer step.
-Every reduction of gradients, on every axis, is then a plain sum.
+(pytorch/torchtitan #1842), and every further axis would need its correction factor. So each microbatch's loss is the
+sum over its tokens, divided before backward by the number of valid tokens of the *whole* optimizer step. Every
+reduction of gradients, on every axis, is then a plain sum.
 
 Proof: tests/test_parity.py::test_the_data_is_ragged
 """
@@ -20,8 +20,7 @@ def count_valid_tokens(microbatches: list[dict[str, Tensor]], loss_mesh: DeviceM
     """Number of valid labels in this optimizer step, over all microbatches and ranks: int64 scalar, at least 1, so that
     the loss of a step without valid labels is 0. A collective."""
     count = torch.stack([(batch["labels"] != IGNORE_INDEX).sum() for batch in microbatches]).sum()
-    dist.all_reduce(count, group=loss_mesh.get_group())
-    return count.clamp(min=1)
+    return sum_over(count, loss_mesh).clamp(min=1)
 
 
 def sum_over(value: Tensor, *meshes: DeviceMesh) -> Tensor:

@@ -1,23 +1,15 @@
 """The learning rate as a pure function of the step: nothing to save, and nothing that a change of layout could lose.
 
-Proof: tests/test_training.py::test_learning_rate.
+Proof: tests/test_training.py::test_warmup_stable_decay, tests/test_training.py::test_cosine_from_the_warmup_on.
 """
 
 import math
 
 
 def learning_rate(
-    step: int,
-    lr: float,
-    total_steps: int,
-    *,
-    warmup_steps: int,
-    decay_ratio: float,
-    decay_type: str,
-    min_lr_factor: float,
+    step: int, lr: float, total_steps: int, warmup_steps: int, decay_ratio: float, decay_type: str, min_lr_factor: float
 ) -> float:
-    """The learning rate of a step (counted from 0) for a peak of lr: linear warm-up, constant, decay to lr x
-    min_lr_factor.
+    """The learning rate of a step, counted from 0: linear warm-up to lr, constant, decay to lr x min_lr_factor.
 
     The decay takes the last decay_ratio of all steps, or the steps that the warm-up leaves: 0 is constant after
     warm-up; 1 decays at once, which with "cosine" is the usual cosine schedule; 0.1 to 0.2 is warmup-stable-decay

@@ -19,26 +19,9 @@ from training.balance import collapse_warning
 
 # Dense bfloat16 tensor-core peak in FLOP/s, from NVIDIA's data sheets (SXM parts unless named), first match wins.
 PEAK_FLOPS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H20": 148e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-}
-
-
-def device_peak_flops(device: torch.device) -> float | None:
-    """The FLOP/s that MFU compares with; None if the peak is unknown, as of any CPU."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+    "H20": 148e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
+}  # fmt: skip
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -76,7 +59,6 @@ class Metrics:
         self,
         dump_folder: str,
         device: torch.device,
-        *,
         total_steps: int,
         flops_per_token: int,
         log_freq: int,
@@ -84,9 +66,9 @@ class Metrics:
     ):
         self.device, self.total_steps, self.flops_per_token = device, total_steps, flops_per_token
         self.log_freq, self.num_devices = log_freq, dist.get_world_size()
-        self.peak_flops = device_peak_flops(device)
-        self.spikes = LossSpikes()
-        self.file = self.tensorboard = None
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        self.peak_flops = next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+        self.spikes, self.file, self.tensorboard = LossSpikes(), None, None
         if dist.get_rank() == 0:
             os.makedirs(dump_folder, exist_ok=True)
             self.file = open(os.path.join(dump_folder, "metrics.jsonl"), "a", encoding="utf-8")  # noqa: SIM115
@@ -104,41 +86,28 @@ class Metrics:
 
     def log(self, state, *, loss: float, grad_norm: float, lr: float, data_seconds: float, **more) -> None:
         """Reports the step that state has just counted, and begins the next interval. The caller has read loss from the
-        device, so that the clock sees finished work. data_seconds: how long the loader has waited since the last logged
-        step. more: the columns from skipped_steps on, in their order."""
+        device, so that the clock sees finished work. data_seconds: the loader's waits since the last logged step. more:
+        the columns from skipped_steps on, in their order."""
         if self.file is None:
             return
         seconds = time.perf_counter() - self.start_time - more.get("validation_seconds", 0.0)
         steps = state.step - self.start_step
-        tokens_per_second = (state.tokens_seen - self.start_tokens) / seconds
-        flops = self.flops_per_token * tokens_per_second / self.num_devices
-        row = dict(
-            step=state.step,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            tokens_seen=state.tokens_seen,
-            tokens_per_second=tokens_per_second,
-            tokens_per_second_per_device=tokens_per_second / self.num_devices,
-            tflops=flops / 1e12,
-            mfu=flops / self.peak_flops if self.peak_flops else None,
-            memory_gib=peak_memory_gib(self.device),
-            seconds=seconds / steps,
-            data_seconds=data_seconds / steps,
-            **more,
-        )
+        speed = (state.tokens_seen - self.start_tokens) / seconds
+        flops = self.flops_per_token * speed / self.num_devices
+        row = dict(step=state.step, loss=loss, grad_norm=grad_norm, lr=lr, tokens_seen=state.tokens_seen)
+        row |= dict(tokens_per_second=speed, tokens_per_second_per_device=speed / self.num_devices)
+        row |= dict(tflops=flops / 1e12, mfu=flops / self.peak_flops if self.peak_flops else None)
+        row |= dict(memory_gib=peak_memory_gib(self.device), seconds=seconds / steps, data_seconds=data_seconds / steps)
+        row |= more
         # JSON has no NaN: a skipped step's loss is null.
-        self.file.write(
-            json.dumps({k: None if v in (math.inf, -math.inf) or v != v else v for k, v in row.items()}) + "\n"
-        )
-        self.file.flush()
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        print(json.dumps(finite), file=self.file, flush=True)
         if self.tensorboard:
-            for key, value in row.items():
-                if isinstance(value, list):
-                    for i, layer_value in enumerate(value):
-                        self.tensorboard.add_scalar(f"{key}/{i}", layer_value, state.step)
-                elif key != "step" and value is not None:
-                    self.tensorboard.add_scalar(key, value, state.step)
+            scalars = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+            lists = {key: value for key, value in row.items() if isinstance(value, list)}
+            scalars |= {f"{key}/{i}": value for key, values in lists.items() for i, value in enumerate(values)}
+            for key, value in scalars.items():
+                self.tensorboard.add_scalar(key, value, state.step)
         for line in (self._line(row), collapse_warning(more), self.spikes.warning(state.step, loss)):
             if line:
                 print(line, flush=True)
@@ -158,7 +127,5 @@ class Metrics:
         )
 
     def close(self) -> None:
-        if self.file:
-            self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
+        for output in filter(None, (self.file, self.tensorboard)):
+            output.close()

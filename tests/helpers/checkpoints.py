@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from checkpoint import CheckpointManager, ModelState, TrainState
-from checkpoint.integrity import MANIFEST, STATE, digest, write_manifest
+from checkpoint.integrity import MANIFEST, STATE, digest
 from checkpoint.state import RENAMED_ARGS
 from checkpoint.writer import write_checkpoint
 from collectives import local_tensor
+from files import write_json
 from model import ModelArgs, Transformer
 
 OPTIONS = dict(
@@ -113,7 +114,7 @@ def only_rank0(do) -> None:
 def write_manifest_of(folder: str | Path) -> None:
     """Writes a manifest of the files as they are: the folder passes for an intact checkpoint."""
     names = [name for name in os.listdir(folder) if name != MANIFEST]
-    write_manifest(str(folder), {name: digest(os.path.join(folder, name)) for name in names})
+    write_json(Path(folder) / MANIFEST, dict(files={name: digest(os.path.join(folder, name)) for name in names}))
 
 
 def whole_model(folder: Path) -> str:

@@ -1,5 +1,5 @@
-"""Small whole runs on one GPU for the tests: the real `train.main`, each in a process of its own, watched for what
-makes the CPU wait, and for what is compiled."""
+"""Small whole runs on one GPU for the tests: the real `train.main`, each in a new process. They record where the CPU
+waits for the GPU, and what is compiled."""
 
 import os
 import threading
@@ -10,19 +10,20 @@ import pytest
 import torch
 from conftest import ROOT
 
+import helpers.flavors  # noqa: F401 - MIXTURE names one of its flavors
 from helpers.ranks import run_ranks
 from helpers.runs import argv, options, read_metrics
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-SMALL = {  # sizes that float8's and attention's kernels take
+SMALL = {  # sizes that the kernels of float8 and of attention support
     "job.device": "cuda", "model.dim": "256", "model.n_layers": "2", "model.n_heads": "4", "model.n_kv_heads": "2",
     "model.hidden_dim": "512", "model.vocab_size": "272", "data.dataset": "text", "data.path": str(ROOT / "tests/*.py"),
     "data.tokenizer": "byte", "training.seq_len": "256", "training.local_batch_size": "8", "training.steps": "30",
     "optimizer.lr": "0.001", "lr_scheduler.warmup_steps": "5", "metrics.log_freq": "1",
 }  # fmt: skip
 COMPILE = options(compile__enable="true")
-MIXTURE = {  # sizes that the grouped product takes
+MIXTURE = {  # a mixture of experts with sizes that the grouped product supports
     "model.attention": "mla", "model.n_kv_heads": "4", "model.q_lora_rank": "64", "model.kv_lora_rank": "64",
     "model.qk_nope_head_dim": "64", "model.qk_rope_head_dim": "32", "model.v_head_dim": "64", "model.n_experts": "8",
     "model.top_k": "2", "model.n_shared_experts": "1", "model.moe_hidden_dim": "128",
@@ -32,8 +33,9 @@ MIXTURE = {  # sizes that the grouped product takes
 
 
 def _run(arguments: list[str], no_compilation_after: int | None) -> list[tuple[int, list[str]]]:
-    """`train.py ARGUMENTS`. For every step, its number and the files whose lines made the CPU wait for the GPU, from
-    after the step's data are on their way to the next one's. A compilation in a later step than that is an error."""
+    """Runs `train.py ARGUMENTS`. For every step, its number and the files whose lines made the CPU wait for the GPU,
+    from `count_valid_tokens` of this step to that of the next step. A compilation after step no_compilation_after is an
+    error."""
     import train
     from config import load_config
 
@@ -48,7 +50,7 @@ def _run(arguments: list[str], no_compilation_after: int | None) -> list[tuple[i
         return count_valid_tokens(*args)
 
     train.count_valid_tokens = marking
-    caught, this_thread = [], threading.current_thread()  # others may wait
+    caught, this_thread = [], threading.current_thread()  # other threads may wait
 
     def catch(message, category, filename, *_):
         if threading.current_thread() is this_thread and "called a synchronizing CUDA operation" in str(message):
@@ -65,7 +67,7 @@ def _run(arguments: list[str], no_compilation_after: int | None) -> list[tuple[i
 
 
 def run(folder: Path, *settings: dict[str, str], no_compilation_after: int | None = None) -> dict:
-    """A run's metrics, and by step what the CPU waited for."""
+    """Trains; returns `metrics`, and `waits`: for each step, the files whose lines made the CPU wait."""
     where = {"job.dump_folder": str(folder / "run"), "data.cache_folder": str(folder / "cache")}
     (waits,) = run_ranks(1, _run, argv(SMALL, where, *settings), no_compilation_after)
     return dict(metrics=read_metrics(folder / "run"), waits=waits)

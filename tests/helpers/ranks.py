@@ -1,7 +1,7 @@
-"""Runs a function on N ranks, each a fresh process: `run_ranks(4, function, ...)` returns the four results.
+"""Runs a function on N ranks, each a new process: `run_ranks(4, function, ...)` returns the four results.
 
-The processes are forked from a server that has already imported everything, so a rank starts in a tenth of a second
-instead of the several that importing torch takes, and each layout gets a process group of its own.
+The processes are forked from a server that has imported torch, so a rank starts in a tenth of a second instead of
+several seconds, and each layout gets new process groups.
 """
 
 import multiprocessing
@@ -22,9 +22,10 @@ _context.set_forkserver_preload(["train", "torch.distributed.checkpoint", "torch
 
 
 def run_ranks(world_size: int, function: Callable, *args, timeout: float = 300, **kwargs) -> list[Any]:
-    """Calls function(*args, **kwargs) in world_size processes that see torchrun's environment; results by rank.
+    """Calls function(*args, **kwargs) in world_size processes with torchrun's environment; returns the results by rank.
 
-    function must be importable (top level of a test module). Any rank's failure ends all, and is raised with its text.
+    function must be importable, at the top level of a test module. If a rank fails, all ranks are ended, and an
+    AssertionError has the tracebacks.
     """
     __tracebackhide__ = True
     port = free_port()
@@ -38,7 +39,7 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 300, 
         deadline = time.monotonic() + timeout
         while any(p.exitcode is None for p in processes):
             if any(p.exitcode for p in processes) or time.monotonic() > deadline:
-                time.sleep(0.5)  # the others may be about to say why
+                time.sleep(0.5)  # other ranks may still write their tracebacks
                 for process in processes:
                     process.kill()
             processes[0].join(0.02)
@@ -49,8 +50,8 @@ def run_ranks(world_size: int, function: Callable, *args, timeout: float = 300, 
 
 
 def free_port() -> int:
-    """A port that is free, and stays so until it is used: it is none of those that systems give to connections, and
-    tests that run side by side will hardly draw the same."""
+    """A free port below the range that the system gives to connections. It is random, so tests that run at the same
+    time rarely draw the same port."""
     while True:
         port = random.SystemRandom().randrange(10_000, 30_000)
         with socket.socket() as s:

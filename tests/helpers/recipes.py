@@ -10,7 +10,7 @@ from parallelize import parallelize_pipeline
 
 
 def parameters_by_stage(config: Config, stages: int) -> list[dict[str, int]]:
-    """The number of elements of each whole parameter, by name, for each pipeline rank."""
+    """For each pipeline rank, the number of elements of each of its whole parameters, by name."""
     p = config.parallelism
     with torch.device("meta"):
         model = Transformer(get_flavor(config.model.flavor))

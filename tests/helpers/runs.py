@@ -1,4 +1,4 @@
-"""Whole training runs for the tests: the real `train.main`, small and in float64, recorded from outside."""
+"""Whole training runs for the tests: the real `train.main`, small and in float64, with its gradients recorded."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import helpers.flavors  # noqa: F401 - so that every rank knows the flavors of the tests
 from helpers.ranks import run_ranks
 
-# Sizes that 4 tensor-parallel ranks can share, but that FSDP cannot cut evenly in 4 or 8, before or after that.
+# Sizes that 4 tensor-parallel ranks can share evenly, but that FSDP cannot cut into 4 or 8 equal parts.
 TINY = {
     "model.dim": "48", "model.n_layers": "2", "model.n_heads": "8", "model.n_kv_heads": "4", "model.hidden_dim": "60",
     "model.vocab_size": "268", "data.dataset": "text", "data.tokenizer": "byte", "training.seq_len": "32",
@@ -27,8 +27,8 @@ TINY = {
 
 
 def write_ragged_text(folder: Path) -> Path:
-    """Documents of 1 to 40 bytes: a label that follows a document's end is ignored, so sequences, and with them ranks
-    and microbatches, hold different numbers of valid tokens."""
+    """Writes documents of 1 to 40 bytes. A label that follows the end of a document is ignored, so sequences, ranks and
+    microbatches hold different numbers of valid tokens."""
     choose = random.Random(0)
     lines = []
     for _ in range(400):
@@ -52,9 +52,9 @@ def argv(*settings: dict[str, str]) -> list[str]:
 
 
 def record_run(arguments: list[str]) -> dict:
-    """Runs training on this rank. What it holds, by parameter name, as (whole shape, indices held, values): every
-    step's gradients before clipping, and the final weights; the number of its valid tokens in each microbatch; every
-    step's shares of tokens by expert, by layer, and the final biases, by name."""
+    """Trains on this rank and returns what it recorded. By parameter name, as (whole shape, held indices, values): the
+    gradients of every step before clipping, and the final weights. For every step: the number of valid tokens in each
+    microbatch, and by layer the experts' shares of the tokens. By name: the final expert biases."""
     import train
     from config import load_config
     from parallelize.init import held_indices
@@ -86,7 +86,7 @@ def record_run(arguments: list[str]) -> dict:
 
     update = train.ExpertLoadBalancer.update
 
-    torch.compiler.reset()  # a graph of an earlier layout must not be taken for this one
+    torch.compiler.reset()  # a graph of an earlier layout must not be used again
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_optimizer", recording_build)
         patch.setattr(train, "clip_grad_norm", recording_clip)
@@ -94,8 +94,8 @@ def record_run(arguments: list[str]) -> dict:
         patch.setattr(train.ExpertLoadBalancer, "update", recording_update)
         train.main(load_config(arguments))
     weights = {name: held(p) for name, p in parameters.items()}
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how full_tensor does it
-    # That the indices are right: torch puts the same whole together, with a collective for each.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # of full_tensor
+    # Checks the indices: torch's full_tensor, a collective, has the same values at these indices.
     for name, p in parameters.items():
         whole = p.full_tensor() if isinstance(p, DTensor) else p
         _, indices, values = weights[name]
@@ -104,7 +104,7 @@ def record_run(arguments: list[str]) -> dict:
 
 
 def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
-    """Whole tensors by name from what every rank holds; where several hold the same, they must agree exactly."""
+    """Whole tensors by name from the parts that ranks hold; ranks that hold the same part must agree exactly."""
     result = {}
     for name in {name for rank in ranks for name in rank}:
         parts = [rank[name] for rank in ranks if name in rank]
@@ -119,7 +119,7 @@ def whole(ranks: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def same_everywhere(ranks: list[dict]) -> dict:
-    """All that any rank has; ranks that have the same must agree exactly."""
+    """The tensors of all ranks by name; ranks that have the same tensor must agree exactly."""
     merged = {}
     for name, tensor in (item for rank in ranks for item in rank.items()):
         assert torch.equal(merged.setdefault(name, tensor), tensor), f"{name} differs between ranks"
@@ -127,16 +127,26 @@ def same_everywhere(ranks: list[dict]) -> dict:
 
 
 def record_runs(many: list[list[str]]) -> list[dict]:
-    """One run after another in the same processes: torch's caches are warm from the second on. The process groups of
-    all of them live on, so not too many."""
-    records = [record_run(arguments) for arguments in many]
+    """Records one run after another in the same processes: from the second run on torch's caches are warm. A process
+    group lives as long as its process and has three threads, so all runs share the groups of the same ranks."""
+    groups, new_group = {}, dist.new_group
+
+    def new_or_same_group(ranks=None, *args, backend=None, **options):
+        key = (backend, *(ranks or ()))
+        if key not in groups:
+            groups[key] = new_group(ranks, *args, backend=backend, **options)
+        return groups[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", new_or_same_group)
+        records = [record_run(arguments) for arguments in many]
     dist.destroy_process_group()
     return records
 
 
 def train_all(world_size: int, runs: dict[Path, dict[str, str]]) -> list[dict]:
-    """Recorded runs on world_size ranks, each in its folder with its settings: whole gradients and weights, every
-    rank's valid tokens, shares of tokens by expert, biases, metrics."""
+    """Records runs on world_size ranks, each in its folder with its settings. Returns for each run the whole gradients
+    and weights, every rank's valid tokens, the experts' shares of the tokens, the expert biases, and the metrics."""
     arguments = [
         argv(TINY, {"job.dump_folder": str(folder), "data.cache_folder": str(folder.parent / "cache")}, settings)
         for folder, settings in runs.items()
@@ -156,14 +166,14 @@ def train_all(world_size: int, runs: dict[Path, dict[str, str]]) -> list[dict]:
 
 
 def side_by_side(*launches: tuple[int, dict[Path, dict[str, str]]]) -> list[list[dict]]:
-    """`train_all` of each (ranks, runs), two at a time: where one alone would leave a core idle. Their folders lie in
-    different ones, as they would make the same cache there at the same moment."""
+    """`train_all` of each (ranks, runs), two at a time, because a single one would leave a core idle. The launches must
+    have different parent folders: in the same folder they would write the same cache at the same time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda launch: train_all(*launch), launches))
 
 
 def train_on(world_size: int, folder: Path, *settings: dict[str, str]) -> dict:
-    """One recorded run."""
+    """Records one run."""
     merged = {}
     for setting in settings:
         merged |= setting
@@ -183,21 +193,21 @@ def cores() -> int:
 
 
 def _command(arguments: list[str], output: str, stop_after: int | None) -> None:
-    """What `python train.py ARGUMENTS` does, with stdout and stderr of every rank appended to a file; stop_after is the
-    step after which the run breaks off, once it has saved what it saves there."""
+    """Runs `python train.py ARGUMENTS`, with stdout and stderr of every rank appended to a file. The run exits after
+    step stop_after and its save."""
     import train
     from config import load_config
     from resilience import clean_exit
 
     maybe_save = train.CheckpointManager.maybe_save
 
-    def save_and_break_off(self, state, **kwargs):
+    def save_and_exit(self, state, **kwargs):
         maybe_save(self, state, **kwargs)
         if state.step == stop_after:
             print("interrupted for the test", flush=True)
             os._exit(9)
 
-    train.CheckpointManager.maybe_save = save_and_break_off
+    train.CheckpointManager.maybe_save = save_and_exit
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -210,7 +220,7 @@ def _command(arguments: list[str], output: str, stop_after: int | None) -> None:
 def run_command(
     world_size: int, arguments: list[str], folder: Path, stop_after: int | None = None
 ) -> tuple[bool, list[str]]:
-    """Whether `train.py ARGUMENTS` ended well on world_size ranks, and the lines that they printed."""
+    """Runs `train.py ARGUMENTS` on world_size ranks. Returns whether it ended with status 0, and the printed lines."""
     output = folder / f"output-{len(list(folder.glob('output-*')))}.txt"
     try:
         run_ranks(world_size, _command, arguments, str(output), stop_after)

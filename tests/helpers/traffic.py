@@ -1,13 +1,12 @@
 """What a rank sends in a step of the real `train.main`: every collective and message, and the bytes of each.
 
 The rank is one of a fake process group, on which nothing is sent and everything is counted, by torch's CommDebugMode.
-(Pipelines run on gloo ranks: torch 2.13 waits for what a first message says.) The second step is counted; the first one
-also says hello.
+Pipelines run on gloo ranks, because torch 2.13 waits for the content of a first message. The second step is counted,
+because the first step creates communicators.
 
-Bytes are those that a rank receives. Of an all-gather, a reduce-scatter or an all-to-all over n ranks: (n-1)/n of the
-larger side; of an all-reduce, which is the first two in a row: twice that; of a message: all. Where an all-to-all is
-uneven, what comes from the others.
-"""
+Bytes are the bytes that a rank receives. Of an all-gather, a reduce-scatter or an all-to-all over n ranks it receives
+(n-1)/n of the larger side; of an all-reduce, which is the first two in a row, twice that; of a message all. Of an
+uneven all-to-all it receives the rows from the other ranks."""
 
 from collections import Counter
 from contextlib import nullcontext
@@ -55,13 +54,13 @@ class Recorder(CommDebugMode):
     def __init__(self):
         super().__init__()
         self.calls: Counter[tuple[str, str, int]] = Counter()  # (kind, name of the group, bytes)
-        # It also tells calls apart by module, which is not asked for here and fails in a second microbatch.
+        # CommDebugMode also sorts calls by module, which is not needed here and fails in a second microbatch.
         self.advanced_module_tracker = NoModules()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
         name = func._overloadpacket.__name__
-        # (A DTensor's operation comes again, as those on its local part.)
+        # An operation on a DTensor comes here again, as operations on its local part.
         if result is not NotImplemented and func.namespace in ("c10d", "_c10d_functional") and name not in LOCAL:
             kind, group = KINDS[name], group_of(args)
             splits = [arg for arg in args if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], int)]
@@ -111,8 +110,8 @@ def axes_of(mesh) -> dict[str, str]:
 
 
 def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
-    """What this rank sends in step 2. With fake_ranks it is the last one of so many, with
-    weights and gradients that mean nothing, and a token's experts are such that all get equally many."""
+    """What this rank sends in step 2. With fake_ranks it is the last rank of so many, with meaningless weights and
+    gradients, and all experts get equally many tokens."""
     import resilience.run
     import train
     from config import load_config
@@ -147,7 +146,7 @@ def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
             rows.append(tuple(sum(numbers) - numbers[own] for numbers in lists))
         return lists
 
-    def choose_in_turn(self, scores):
+    def select_in_turn(self, scores):
         tokens, k = len(scores), self.args.top_k
         return torch.arange(tokens * k).view(tokens, k) % self.args.n_experts
 
@@ -165,7 +164,7 @@ def record_step(fake_ranks: int | None, arguments: list[str]) -> Traffic:
             patch.setattr(resilience.run, "init_distributed", lambda *_: torch.device("cpu"))
             patch.setattr(train.Run, "require_same_on_all_ranks", lambda *_, **__: None)
             patch.setattr(train, "clip_grad_norm", lambda *args: (clip_grad_norm(*args), 1.0)[1])
-            patch.setattr(Router, "choose", choose_in_turn)
+            patch.setattr(Router, "select_experts", select_in_turn)
             patch.setattr(dist, "all_to_all_single", all_send_the_same)
         train.main(load_config(arguments))
     counted = sum(n for (kind, *_), n in recorder.calls.items() if kind not in ("send", "receive"))
@@ -211,8 +210,8 @@ def rounded_up(N: int, shapes: list[tuple[int, ...]]) -> int:
 def of_group(
     P: int, N: int, R: int = 1, *, gathers: int, scatters: int, sums: int, b: int = 8, s: int = 8, experts: bool = False
 ) -> Counter:
-    """parallelize/fsdp.py: all-gathers and reduce-scatters of a group of P elements over N ranks, and sums over its R
-    copies, of b bytes a weight and s a gradient. experts: those that are sharded over efsdp."""
+    """parallelize/fsdp.py: all-gathers and reduce-scatters of a group of P elements over N ranks, and all-reduces over
+    its R replicas, of b bytes a weight and s a gradient. experts: a separate group, sharded over efsdp."""
     axis, copies = ("efsdp", "experts.dp_replicate") if experts else ("fsdp", "dp_replicate")
     result = Counter()
     if N > 1:
@@ -224,8 +223,9 @@ def of_group(
 
 
 def of_pp(stages: list[int], of: list[list[int]], M: int, size: int) -> Counter:
-    """parallelize/pipeline.py, for the rank with `stages`, `of` being those of every rank: M streams of `size` bytes
-    arrive for each stage whose predecessor is elsewhere, M gradients where the successor is; the same are sent."""
+    """parallelize/pipeline.py, for the rank with `stages`, of the stages `of` every rank: M activations of `size` bytes
+    arrive for each stage whose predecessor is on another rank, and M gradients for each whose successor is. The same
+    numbers are sent."""
     last = max(s for rank in of for s in rank)
     away = sum(n not in stages for stage in stages for n in (stage - 1, stage + 1) if 0 <= n <= last)
     return Counter({("send", "pp", size): M * away}) + Counter({("receive", "pp", size): M * away})
