@@ -80,7 +80,7 @@ def main(config: Config) -> int:
         dataset = build_dataset(data.dataset, data.path, tokenizer, num_held_out=num_held_out, **order, **cache)
         num, path = config.validation.num_sequences, config.validation.path
         validation_samples = build_validation_samples(path, dataset, tokenizer, num_sequences=num, **cache)
-    fingerprints = dict(data=dataset.fingerprint, validation=validation_samples.fingerprint)
+    fingerprints = dict(data=dataset.fingerprint, validation=validation_samples.dataset.fingerprint)
     run.require_same_on_all_ranks(configuration=str({**vars(config), "job": None}), **fingerprints)
 
     # Model. 1) Shapes on meta: this rank's pipeline stages, with every parallelism applied; see build_stages below.

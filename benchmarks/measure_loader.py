@@ -19,20 +19,21 @@ import torch
 
 from data import build_loader
 from data.dataset import TokenDataset
-from data.shards import Corpus, CorpusIndex, ShardWriter, shard_path
+from data.shards import Corpus, CorpusIndex, shard_path, write_shard
 
 NEED = 8 * 12_000
 
 
 def random_corpus(folder: Path, shards: int, tokens: int) -> Path:
     """Random documents of about 1,000 tokens."""
-    rng, made = np.random.default_rng(0), []
-    for number in range(shards):
-        writer = ShardWriter(shard_path(folder, number), 4)
+    rng = np.random.default_rng(0)
+
+    def documents():
         for _ in range(tokens // 1000):
             ids = rng.integers(0, 128_000, rng.integers(1, 2000), dtype="uint32")
-            writer.write(np.append(ids, np.uint32(128_001)), 4 * len(ids))
-        made.append(writer.close())
+            yield np.append(ids, np.uint32(128_001)), 4 * len(ids)
+
+    made = [write_shard(shard_path(folder, number), 4, documents()) for number in range(shards)]
     CorpusIndex("", "random", "", 4, 128_001, made).write(folder)
     return folder
 

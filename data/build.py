@@ -7,14 +7,14 @@ tests/test_mixtures.py::test_path_with_weights_sets_the_shares, tests/test_valid
 from math import inf
 from pathlib import Path
 
-from data.dataset import FixedSamples, TokenDataset
+from torch.utils.data import Subset
+
+from data.dataset import TokenDataset
 from data.prepare import cache_key, prepare
 from data.shards import Corpus
 from data.sources import build_source
 from data.tokenizer import Tokenizer
 from errors import ConfigError
-
-CACHE_FOLDER = "outputs/cache"
 
 
 def build_dataset(
@@ -27,16 +27,14 @@ def build_dataset(
     packing: str = "concat",
     num_held_out: int = 0,
     text_key: str = "text",
-    cache_folder: str | Path = CACHE_FOLDER,
+    cache_folder: str | Path = "outputs/cache",
 ) -> TokenDataset:
     """Samples of seq_len tokens in the order of seed; for packing and num_held_out see TokenDataset.
 
     "python_stdlib" and "text" are the documents of data/sources.py: tokenised on first use, and kept in cache_folder.
     "shards" reads the folders in path that scripts/prepare_data.py has made: "A", or several as a mixture, "A,B" by
-    their size or "A:0.7,B:0.3" by weights of any sum.
-
-    Raises ConfigError if a name, a weight or a file is wrong, or if the data is shorter than one sample.
-    """
+    their size or "A:0.7,B:0.3" by weights of any sum. Raises ConfigError if a name, a weight or a file is wrong, or if
+    the data is shorter than one sample."""
     weights = None
     if dataset == "shards":
         folders, weights = _folders_and_weights(path)
@@ -50,60 +48,45 @@ def build_dataset(
     else:
         source = build_source(dataset, path, text_key)
         corpora = [Corpus(prepare(source, tokenizer, Path(cache_folder) / cache_key(source, tokenizer)))]
-    return TokenDataset(
-        corpora, seq_len=seq_len, seed=seed, packing=packing, num_held_out=num_held_out, weights=weights
-    )
+    order = dict(seq_len=seq_len, seed=seed, packing=packing)
+    return TokenDataset(corpora, weights=weights, num_held_out=num_held_out, **order)
 
 
 def build_validation_samples(
-    path: str,
-    dataset: TokenDataset,
-    tokenizer: Tokenizer,
-    *,
-    num_sequences: int,
-    text_key: str = "text",
-    cache_folder: str | Path = CACHE_FOLDER,
-) -> FixedSamples:
+    path: str, dataset: TokenDataset, tokenizer: Tokenizer, *, num_sequences: int, **cache: str | Path
+) -> Subset:
     """The samples that dataset holds out if path is empty; else num_sequences samples of the data in path.
 
     The path of folders that hold index.json is read as "shards", any other path as "text". Those samples have the
-    training data's seq_len and packing, and do not depend on its seed. Raises ConfigError if there are fewer.
-    """
+    training data's seq_len and packing, and do not depend on its seed. cache is text_key and cache_folder, as in
+    build_dataset. Raises ConfigError if there are fewer samples."""
     if not path:
         return dataset.held_out()
     is_corpus = any((Path(part).expanduser() / "index.json").is_file() for part in path.split(","))
-    other = build_dataset(
-        "shards" if is_corpus else "text",
-        path,
-        tokenizer,
-        seq_len=dataset.seq_len,
-        seed=0,
-        packing=dataset.packing,
-        text_key=text_key,
-        cache_folder=cache_folder,
-    )
+    order = dict(seq_len=dataset.seq_len, seed=0, packing=dataset.packing)
+    other = build_dataset("shards" if is_corpus else "text", path, tokenizer, **order, **cache)
     if num_sequences > len(other):
         raise ConfigError(
             f"validation.num_sequences ({num_sequences}) is more than there are in {path}: use at most {len(other)}."
         )
-    return other.first(num_sequences)
+    return Subset(other, range(num_sequences))
 
 
 def _folders_and_weights(path: str) -> tuple[list[Path], list[float] | None]:
-    """The folders and the weights of "A:0.7,B:0.3"; no weights for "A,B"."""
+    """The folders of "A:0.7,B:0.3" and their weights; None in place of the weights of "A,B"."""
     folders, weights = [], []
     for part in filter(None, map(str.strip, path.split(","))):
-        folder, colon, weight = part.rpartition(":")
+        folder, colon, text = part.rpartition(":")
         if not colon or Path(part).expanduser().exists():  # the colon may be part of a folder's name
             folder = part
         else:
             try:
-                weights.append(float(weight))
+                weights.append(float(text))
             except ValueError:
                 weights.append(0.0)
             if not 0 < weights[-1] < inf:
                 raise ConfigError(
-                    f'data.path: the weight of {folder} ("{weight}") must be a positive number, as in A:0.7,B:0.3.'
+                    f'data.path: the weight of {folder} ("{text}") must be a positive number, as in A:0.7,B:0.3.'
                 )
         folders.append(Path(folder.strip()).expanduser())
     if not folders:

@@ -4,13 +4,13 @@ Proof: tests/test_samples.py::test_samples_are_the_same_in_any_process,
 tests/test_mixtures.py::test_epoch_reads_each_window_once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from data.mixture import DatasetMixture
 from data.shards import Corpus
@@ -25,17 +25,18 @@ class TokenDataset(Dataset):
 
     A window is seq_len + 1 token ids. Its last id is the first id of the next window, so that every id of a stream is a
     label once an epoch, except the first id and a remainder shorter than seq_len. Epoch i // n of a corpus visits its n
-    windows in a new order. A mixture draws from each corpus by weight; weights None: by number of windows.
+    windows in a new order. A mixture draws from each corpus by weight, and each corpus passes through its epochs at its
+    own pace. weights None: by number of windows.
 
-    With packing "concat", the documents of a window are one sequence, so later documents attend to earlier ones. With
-    "documents", each document is a sequence by itself.
+    packing says how documents in the same window see each other. "concat": they are one sequence, so later documents
+    attend to earlier ones. "documents": each document is a sequence by itself.
 
-    num_held_out windows are held out for validation and are never samples. They are the same for every seed, are spread
-    over all streams by weight, and share no label with a sample.
+    num_held_out windows are held out for validation and are never samples; held_out() gives them. They are the same for
+    every seed, are spread over all streams by weight, and share no label with a sample.
 
-    fingerprint names the samples and their order; corpus_fingerprint is its part for the token ids and the weights.
-    Raises ConfigError if a stream is shorter than a window, or if more than half of its windows would be held out.
-    """
+    fingerprint names the samples and their order: a run that resumes with a different fingerprint reads different data.
+    corpus_fingerprint is the part that names the token ids and the weights. Raises ConfigError if a stream is shorter
+    than a window, or if more than half of its windows would be held out."""
 
     def __init__(
         self,
@@ -48,17 +49,16 @@ class TokenDataset(Dataset):
         weights: Sequence[float] | None = None,
     ) -> None:
         self.corpora, self.seq_len, self.seed, self.packing = corpora, seq_len, seed, packing
+        shortest = min(corpus.num_tokens for corpus in corpora)
+        if shortest <= seq_len:
+            raise ConfigError(
+                f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has {shortest}; use at "
+                f"most {shortest - 1}, or more data."
+            )
         # Of each corpus: windows, and windows that are held out.
         self.num_windows = [(corpus.num_tokens - 1) // seq_len for corpus in corpora]
-        for corpus, windows in zip(corpora, self.num_windows, strict=True):
-            if windows < 1:
-                raise ConfigError(
-                    f"training.seq_len ({seq_len}) needs {seq_len + 1} tokens, but the whole data has "
-                    f"{corpus.num_tokens}; use at most {corpus.num_tokens - 1}, or more data."
-                )
         weights = list(self.num_windows if weights is None else weights)
-        self.mixture = DatasetMixture(weights, seed)
-        self.held_out_mixture = DatasetMixture(weights, seed=0)
+        self.mixture, self.held_out_mixture = DatasetMixture(weights, seed), DatasetMixture(weights, seed=0)
         self.num_held_out = [self.held_out_mixture.count(c, num_held_out) for c in range(len(corpora))]
         for windows, held_out in zip(self.num_windows, self.num_held_out, strict=True):
             if held_out > windows // 2:
@@ -78,54 +78,43 @@ class TokenDataset(Dataset):
     def __len__(self) -> int:
         return sum(self.num_windows) - sum(self.num_held_out)
 
+    def held_out(self) -> Subset:
+        """The held-out samples. Their numbers in this dataset are -1, -2, -3, ..."""
+        return Subset(self, range(-1, -1 - sum(self.num_held_out), -1))
+
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         """tokens, labels and positions of sample i, each [seq_len] int64.
 
-        labels[t] is the token after tokens[t], or IGNORE_INDEX where tokens[t] is eos: a new document follows.
-        positions count the window's tokens from 0. With packing "documents", positions count each document's tokens,
-        and documents [seq_len] int64 is each token's document: 0, 1, ..."""
-        corpus, i = (0, i) if len(self.corpora) == 1 else self.mixture(i)
-        num_samples = self.num_windows[corpus] - self.num_held_out[corpus]
-        epoch, place = divmod(i, num_samples)
-        return self._sample(corpus, permute(place, num_samples, self.seed, epoch))
-
-    def held_out(self) -> "FixedSamples":
-        return FixedSamples(self._held_out_sample, sum(self.num_held_out), self.fingerprint)
-
-    def first(self, num_samples: int) -> "FixedSamples":
-        """Samples 0 to num_samples - 1."""
-        return FixedSamples(self.__getitem__, num_samples, self.fingerprint)
-
-    def _held_out_sample(self, j: int) -> dict[str, Tensor]:
-        corpus, j = self.held_out_mixture(j)
-        return self._sample(corpus, self.num_windows[corpus] - self.num_held_out[corpus] + j)
-
-    def _sample(self, corpus: int, place: int) -> dict[str, Tensor]:
-        if self.num_held_out[corpus]:  # held-out windows are the last ones of an order that is the same for every seed
-            place = permute(place, self.num_windows[corpus], seed=0, epoch=-1)
-        ids = self.corpora[corpus].read(place * self.seq_len, self.seq_len + 1)
-        window = torch.from_numpy(ids.astype("int64"))
-        tokens, labels = window[:-1], window[1:]
+        labels[t] is the token after tokens[t]. It is IGNORE_INDEX where tokens[t] is eos, because a new document
+        follows and there is nothing to learn. positions count the window's tokens from 0. With packing "documents",
+        positions count each document's tokens from 0, and documents [seq_len] int64 is each token's document: 0, 1, ...
+        """
+        corpus, window = self._window_of(i)
+        ids = self.corpora[corpus].read(window * self.seq_len, self.seq_len + 1)
+        ids = torch.from_numpy(ids.astype("int64"))
+        tokens, labels = ids[:-1], ids[1:]
         is_end = tokens == self.corpora[corpus].eos_id
-        labels, positions = labels.masked_fill(is_end, IGNORE_INDEX), torch.arange(self.seq_len)
+        positions = torch.arange(self.seq_len)
+        sample = dict(tokens=tokens, labels=labels.masked_fill(is_end, IGNORE_INDEX), positions=positions)
         if self.packing == "documents":
             documents = is_end.cumsum(0) - is_end.long()  # the number of ends before each token
             starts = torch.cat([torch.zeros(1, dtype=torch.int64), is_end.nonzero()[:, 0] + 1])
-            return dict(tokens=tokens, labels=labels, positions=positions - starts[documents], documents=documents)
-        return dict(tokens=tokens, labels=labels, positions=positions)
+            sample |= dict(positions=positions - starts[documents], documents=documents)
+        return sample
 
-
-class FixedSamples(Dataset):
-    """num_samples samples, [j] = sample(j). fingerprint is that of the TokenDataset from which they come."""
-
-    def __init__(self, sample: Callable[[int], dict[str, Tensor]], num_samples: int, fingerprint: str) -> None:
-        self.sample, self.num_samples, self.fingerprint = sample, num_samples, fingerprint
-
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, j: int) -> dict[str, Tensor]:
-        return self.sample(j)
+    def _window_of(self, i: int) -> tuple[int, int]:
+        """The corpus of sample i, and the number of its window there."""
+        if i < 0:
+            corpus, j = self.held_out_mixture(-1 - i)
+            place = self.num_windows[corpus] - self.num_held_out[corpus] + j
+        else:
+            corpus, i = (0, i) if len(self.corpora) == 1 else self.mixture(i)
+            num_samples = self.num_windows[corpus] - self.num_held_out[corpus]
+            epoch, place = divmod(i, num_samples)
+            place = permute(place, num_samples, self.seed, epoch)
+        if self.num_held_out[corpus]:  # held-out windows are the last ones of an order that is the same for every seed
+            place = permute(place, self.num_windows[corpus], seed=0, epoch=-1)
+        return corpus, place
 
 
 def permute(i: int, n: int, seed: int, epoch: int) -> int:
@@ -133,20 +122,20 @@ def permute(i: int, n: int, seed: int, epoch: int) -> int:
 
     A Feistel network on the pairs (left, right) of a grid of rows x columns >= n cells. Each round adds a keyed hash of
     one half to the other half. A round can be undone, so the network is a bijection of the grid. A result outside of
-    range(n) goes through the network again ("cycle walking", Black and Rogaway 2002); fewer than `rows` cells are.
-    """
+    range(n) goes through the network again ("cycle walking", Black and Rogaway 2002). This happens a few times at most:
+    the grid has fewer than `rows` surplus cells."""
     rows = isqrt(n - 1) + 1
     columns = -(-n // rows)
     key = blake2b(f"{seed} {epoch}".encode(), digest_size=16).digest()
+
+    def hash_of(r: int, half: int) -> int:
+        return int.from_bytes(blake2b(b"%d %d" % (r, half), key=key, digest_size=8).digest(), "little")
+
     while True:
         left, right = divmod(i, columns)
         for r in range(0, ROUNDS, 2):
-            left = (left + _hash(key, r, right)) % rows
-            right = (right + _hash(key, r + 1, left)) % columns
+            left = (left + hash_of(r, right)) % rows
+            right = (right + hash_of(r + 1, left)) % columns
         i = left * columns + right
         if i < n:
             return i
-
-
-def _hash(key: bytes, r: int, half: int) -> int:
-    return int.from_bytes(blake2b(b"%d %d" % (r, half), key=key, digest_size=8).digest(), "little")

@@ -40,8 +40,7 @@ def build_loader(
     """An iterator over steps of global_batch_size samples: this rank's share, in microbatches of local_batch_size.
 
     global_batch_size and samples_consumed count samples over all data ranks. num_workers processes fetch ahead; with 0
-    this process fetches at each step. Raises ConfigError if the ranks cannot share a step in whole microbatches.
-    """
+    this process fetches at each step. Raises ConfigError if the ranks cannot share a step in whole microbatches."""
     at_once = local_batch_size * dp_degree
     if global_batch_size < 1 or global_batch_size % at_once:
         below = global_batch_size // at_once * at_once
@@ -52,18 +51,15 @@ def build_loader(
         )
     share = global_batch_size // dp_degree
     first_samples = count(samples_consumed + dp_rank * share, global_batch_size)
-    return Loader(_start(_Steps(dataset, share, local_batch_size), first_samples, num_workers))
+    return Loader(_fetch(_Steps(dataset, share, local_batch_size), first_samples, num_workers))
 
 
-class Loader:
+class Loader(Iterator[list[Microbatch]]):
     """An endless iterator over optimizer steps. next() gives a step: a list of microbatches, each a dict of
     [local_batch_size, seq_len] int64 tensors by the names of the dataset's samples."""
 
     def __init__(self, steps: Iterator[list[Microbatch] | ConfigError]) -> None:
         self._steps, self._seconds_waited = steps, 0.0
-
-    def __iter__(self) -> "Loader":
-        return self
 
     def __next__(self) -> list[Microbatch]:
         start = time.perf_counter()
@@ -74,7 +70,7 @@ class Loader:
         return microbatches
 
     def take_seconds_waited(self) -> float:
-        """The seconds that training has waited in next() since the last call of this method."""
+        """Seconds spent in next() since the last call of this method: the time that training has waited for data."""
         waited, self._seconds_waited = self._seconds_waited, 0.0
         return waited
 
@@ -94,10 +90,11 @@ class _Steps(Dataset):
         return [default_collate(samples[i : i + self.local_batch_size]) for i in starts]
 
 
-def _start(steps: _Steps, first_samples: Iterator[int], num_workers: int) -> Iterator[list[Microbatch] | ConfigError]:
-    """Fetches the steps. A generator, so that workers start at the first step, when the model is in memory. It does
-    not refer to Loader: in a cycle of references, workers would outlive their queues, and exit would take 5 seconds
-    each."""
+def _fetch(steps: _Steps, first_samples: Iterator[int], num_workers: int) -> Iterator[list[Microbatch] | ConfigError]:
+    """Fetches the steps. A generator, so that workers start at the first step, when the model is in memory.
+
+    It does not refer to Loader. In a cycle of references, workers would outlive their queues, and each of them would be
+    waited for in vain for 5 seconds."""
     with warnings.catch_warnings():  # torchdata 0.11 uses a function that torch 2.13 calls deprecated
         warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
         batches = StatefulDataLoader(
@@ -112,22 +109,22 @@ def _start(steps: _Steps, first_samples: Iterator[int], num_workers: int) -> Ite
 
 
 def _survive_signals(worker: int) -> None:
-    """Lets only the training process end a worker, by SIGTERM or by its end. The signal that asks a run to save and end
-    often reaches all processes of the run, and a worker that died of it would end the run with an error. torch watches
-    os.getppid(), which is a server's number where workers are not forked."""
+    """Lets only the training process end a worker: by SIGTERM, or by its own end.
+
+    The signal that asks a run to save and end often reaches all processes of the run. A worker that died of it would
+    end the run with an error. torch watches os.getppid(), which is a server's number where workers are not forked."""
     run = multiprocessing.parent_process()
+
+    def end_with_the_run() -> None:
+        run.join()
+        os._exit(1)
+
+    def end_on_its_sigterm() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run.pid:
+            pass
+        os._exit(0)
+
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})  # in threads too
-        threading.Thread(target=_end_on_sigterm_from, args=(run.pid,), daemon=True).start()
-    threading.Thread(target=_end_with, args=(run,), daemon=True).start()
-
-
-def _end_with(run: multiprocessing.Process) -> None:
-    run.join()
-    os._exit(1)
-
-
-def _end_on_sigterm_from(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+        threading.Thread(target=end_on_its_sigterm, daemon=True).start()
+    threading.Thread(target=end_with_the_run, daemon=True).start()

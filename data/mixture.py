@@ -11,6 +11,7 @@ Proof: tests/test_mixtures.py::test_counts_follow_weights, tests/test_mixtures.p
 from bisect import bisect_right
 from collections.abc import Sequence
 from hashlib import blake2b
+from itertools import accumulate
 
 ONE = 2**32  # the interval's length, in integers
 GOLDEN = 2654435769  # round(ONE / 1.618...); odd, so that all ONE points are visited
@@ -20,11 +21,8 @@ class DatasetMixture:
     """Draws from corpora by weight. weights: a positive number for each corpus, of any sum."""
 
     def __init__(self, weights: Sequence[float], seed: int):
-        total, below = sum(weights), 0.0
-        self.bounds = [0]
-        for weight in weights:
-            below += weight
-            self.bounds.append(round(below / total * ONE))
+        total = sum(weights)
+        self.bounds = [round(below / total * ONE) for below in accumulate(weights, initial=0.0)]
         self.offset = int.from_bytes(blake2b(b"mixture %d" % seed, digest_size=4).digest(), "little")
 
     def __call__(self, i: int) -> tuple[int, int]:

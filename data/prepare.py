@@ -1,8 +1,8 @@
 """Documents -> a corpus on disk (data/shards.py): in parallel, and resumable after a kill.
 
-A source is cut into jobs that depend on its files alone. Each job becomes a shard. A finished shard leaves a note,
-00000.json, and the notes together become the index. So a second run makes only the missing shards. If two runs work in
-the same folder at once, they write the same bytes.
+A source is cut into jobs, in an order and of a size that depend on its files alone. Each job becomes a shard. A
+finished shard leaves a note, 00000.json, and the notes together become the index. So a second run makes only the
+missing shards. If two runs work in the same folder at once, they write the same bytes.
 
 Proof: tests/test_shards.py::test_any_number_of_processes_makes_the_same_files,
 tests/test_shards.py::test_killed_prepare_makes_only_missing_shards.
@@ -11,22 +11,22 @@ tests/test_shards.py::test_killed_prepare_makes_only_missing_shards.
 import json
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
-from functools import lru_cache
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data.shards import FORMAT, CorpusIndex, ShardWriter, TokenShard, read_index, shard_path, write_whole
+from data.shards import FORMAT, CorpusIndex, TokenShard, appear_whole, read_index, shard_path, write_shard
 from data.sources import Source
-from data.tokenizer import Tokenizer, build_tokenizer
+from data.tokenizer import Tokenizer
 from errors import ConfigError
+from files import write_json
 
 SHARD_BYTES = 2**28  # about as much of a source's text as a shard holds
 BATCH_CHARS = 4_000_000  # text that is encoded at once; the memory in use is proportional to it
+NOTE = ".json"  # the ending of a note's name
 
 
 def prepare(
@@ -40,37 +40,44 @@ def prepare(
 ) -> Path:
     """Makes the corpus of source's documents in folder, as far as it is missing, and returns folder.
 
-    processes is the number of worker processes of one thread each; with 0, this process makes the shards with a thread
-    for each core. Each process needs memory in proportion to BATCH_CHARS and to the longest document. report is called
-    after each shard with the number of finished shards, the number of all shards, and the shard. Raises ConfigError if
+    processes is the number of worker processes, of one thread each; with 0, this process makes the shards, with a
+    thread for each core. report gets, after each shard, the number of finished shards, the number of all shards, and
+    the shard. A process needs memory in proportion to BATCH_CHARS and to the longest document. Raises ConfigError if
     there is no text, a document cannot be read, or the folder cannot be written or holds a different corpus."""
-    folder, key, bytes_per_id = Path(folder), cache_key(source, tokenizer, shard_bytes), _bytes_per_id(tokenizer)
+    folder = Path(folder)
+    key, bytes_per_id = cache_key(source, tokenizer, shard_bytes), _bytes_per_id(tokenizer)
+
+    def is_there(number: int, shard: TokenShard) -> bool:
+        path = shard_path(folder, number)
+        return path.is_file() and path.stat().st_size == shard.file_bytes(bytes_per_id)
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         index = read_index(folder)
-        _require_same(folder, index.source if index else key, key)
-        if index and all(_finished(folder, n, index, key, bytes_per_id) for n in range(len(index.shards))):
-            return folder
+        if index:
+            _require_same(folder, index.source, key)
+            if all(is_there(n, shard) for n, shard in enumerate(index.shards)):
+                return folder
         jobs = source.jobs(shard_bytes)
-        shards = {n: shard for n in range(len(jobs)) if (shard := _finished(folder, n, index, key, bytes_per_id))}
+        known = index.shards if index else [_read_note(folder, n, key) for n in range(len(jobs))]
+        shards = {n: shard for n, shard in enumerate(known) if shard and is_there(n, shard)}
         missing = [(n, job) for n, job in enumerate(jobs) if n not in shards]
-        for number, shard in _make_shards(missing, tokenizer, folder, key, processes):
-            shards[number] = shard
+        for n, shard in _make_shards(missing, tokenizer, folder, key, processes):
+            shards[n] = shard
             report(len(shards), len(jobs), shard)
-        shards = [shards[n] for n in range(len(jobs))]
-        if not any(shard.num_documents for shard in shards):
+        if not any(shard.num_documents for shard in shards.values()):
             raise ConfigError(f"there is no text in {source}: nothing, or only empty documents.")
+        shards = [shards[n] for n in range(len(jobs))]
         CorpusIndex(key, tokenizer.name, tokenizer.fingerprint, bytes_per_id, tokenizer.eos_id, shards).write(folder)
         for n in range(len(jobs)):
-            _note(folder, n).unlink(missing_ok=True)
+            shard_path(folder, n, NOTE).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder} cannot be used: {error.strerror}.") from None
     return folder
 
 
 def cache_key(source: Source, tokenizer: Tokenizer, shard_bytes: int = SHARD_BYTES) -> str:
-    """Hash of everything that decides a corpus's content. No document is read: the source's fingerprint stands for
-    it."""
+    """Hash of all that decides a corpus's content. A file stands in it by name, size and time, so that none is read."""
     text = f"{FORMAT} {tokenizer.fingerprint} {shard_bytes} {source.fingerprint()}"
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -81,45 +88,32 @@ def _make_shards(
     """(number, shard) of each job, in the order in which the shards are finished."""
     if processes == 0:
         for number, job in jobs:
-            yield number, _make_shard(job, tokenizer, folder, number, key, threads=None)
+            yield number, _make_shard(job, tokenizer, folder, number, key)
         return
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data.prepare"])
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        waiting, running = iter(jobs), {}
+        running = {pool.submit(_make_shard, job, tokenizer, folder, n, key, threads=1): n for n, job in jobs}
         try:
-            while True:
-                for number, job in islice(waiting, 2 * processes - len(running)):
-                    running[pool.submit(_make_shard_by_name, job, tokenizer.name, folder, number, key)] = number
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(future), future.result()
+            for future in as_completed(running):
+                yield running[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _make_shard_by_name(job: Iterable[str], tokenizer: str, folder: Path, number: int, key: str) -> TokenShard:
-    return _make_shard(job, _tokenizer(tokenizer), folder, number, key, threads=1)
-
-
-_tokenizer = lru_cache(1)(build_tokenizer)  # a process makes many shards with the same tokenizer
-
-
 def _make_shard(
-    job: Iterable[str], tokenizer: Tokenizer, folder: Path, number: int, key: str, threads: int | None
+    job: Iterable[str], tokenizer: Tokenizer, folder: Path, number: int, key: str, threads: int | None = None
 ) -> TokenShard:
     bos = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype="uint32")
     eos = np.array([tokenizer.eos_id], dtype="uint32")
-    writer = ShardWriter(shard_path(folder, number), _bytes_per_id(tokenizer))
-    try:
-        for documents in _batches(job):
-            for document, ids in zip(documents, tokenizer.encode_batch(documents, threads), strict=True):
-                writer.write(np.concatenate([bos, ids, eos]), len(document.encode("utf-8", "replace")))
-        shard = writer.close()
-    finally:
-        writer.abandon()
-    write_whole(_note(folder, number), {"source": key, **asdict(shard)})
+    documents = (
+        (np.concatenate([bos, ids, eos]), len(text.encode("utf-8", "replace")))
+        for texts in _batches(job)
+        for text, ids in zip(texts, tokenizer.encode_batch(texts, threads), strict=True)
+    )
+    shard = write_shard(shard_path(folder, number), _bytes_per_id(tokenizer), documents)
+    with appear_whole(shard_path(folder, number, NOTE)) as temporary:
+        write_json(temporary, {"source": key, **asdict(shard)})
     return shard
 
 
@@ -132,31 +126,20 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def _bytes_per_id(tokenizer: Tokenizer) -> int:
     return 2 if tokenizer.vocab_size <= 2**16 else 4
 
 
-def _note(folder: Path, number: int) -> Path:
-    return folder / f"{number:05}.json"
-
-
-def _finished(folder: Path, number: int, index: CorpusIndex | None, key: str, bytes_per_id: int) -> TokenShard | None:
-    """The entry of a shard that an earlier run has finished; None if there is no such shard."""
-    if index:
-        shard = index.shards[number]
-    else:
-        try:
-            values = json.loads(_note(folder, number).read_text())
-            _require_same(folder, values.pop("source"), key)
-            shard = TokenShard(**values)
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-    path = shard_path(folder, number)
-    return shard if path.is_file() and path.stat().st_size == shard.file_bytes(bytes_per_id) else None
+def _read_note(folder: Path, number: int, key: str) -> TokenShard | None:
+    try:
+        note = json.loads(shard_path(folder, number, NOTE).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    _require_same(folder, note.pop("source"), key)
+    return TokenShard(**note)
 
 
 def _require_same(folder: Path, found: str, key: str) -> None:

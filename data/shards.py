@@ -12,8 +12,8 @@ truncated, or missing               when a run opens the corpus: every file's si
 changed, with its size kept         when a run reads the changed block, before it trains on it: by the block's CRC
 any of these, or a wrong index      by `scripts/prepare_data.py --verify FOLDER`, which reads everything
 
-Reading a sample reads one or two blocks. Files are not mapped into memory: if a mapped file shrinks, the process is
-killed without a message.
+Opening a corpus looks up the size of each file, and reading a sample reads one or two blocks, for a corpus of any size.
+Files are not mapped into memory: if a mapped file shrinks, the process is killed without a message.
 
 Proof: tests/test_shards.py::test_changed_shard_is_noticed_before_training,
 tests/test_shards.py::test_opening_a_large_corpus_reads_no_tokens.
@@ -23,7 +23,8 @@ import json
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
@@ -67,7 +68,8 @@ class CorpusIndex:
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
-        write_whole(folder / "index.json", asdict(self))
+        with appear_whole(folder / "index.json") as temporary:
+            write_json(temporary, asdict(self))
 
 
 def read_index(folder: Path) -> CorpusIndex | None:
@@ -84,80 +86,66 @@ def read_index(folder: Path) -> CorpusIndex | None:
         raise ConfigError(f"{path} is not the index of a corpus; prepare the corpus again.") from None
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05}.tokens"  # by number: an index holds no names that could lead out of its folder
+def shard_path(folder: Path, number: int, suffix: str = ".tokens") -> Path:
+    return folder / f"{number:05}{suffix}"  # by number: an index holds no names that could lead out of its folder
 
 
-def write_whole(path: Path, value: dict) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    write_json(temporary := _temporary(path), value)
-    os.replace(temporary, path)
+@contextmanager
+def appear_whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to. It becomes path at the end of the block, and is deleted after an error."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
-class ShardWriter:
-    """Writes a shard under a temporary name. close() renames the file and returns the shard's entry in the index."""
-
-    def __init__(self, path: Path, bytes_per_id: int):
-        self.path, self.temporary, self.dtype = path, _temporary(path), np.dtype(f"<u{bytes_per_id}")
-        self.file, self.digest = open(self.temporary, "wb"), sha256()  # noqa: SIM115
-        self.rest, self.checksums = b"", bytearray()
-        self.num_tokens = self.num_documents = self.text_bytes = 0
-
-    def write(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Appends a document: its ids with bos and eos, and the bytes of its text."""
-        self.num_tokens += len(ids)
-        self.num_documents += 1
-        self.text_bytes += text_bytes
-        stream = self.rest + ids.astype(self.dtype).tobytes()
-        whole = len(stream) // BLOCK_BYTES * BLOCK_BYTES
-        self._write(stream[:whole])
-        self.rest = stream[whole:]
-
-    def _write(self, stream: bytes) -> None:
-        self.checksums += _checksums(stream)
-        self.digest.update(stream)
-        self.file.write(stream)
-
-    def close(self) -> TokenShard:
-        self._write(self.rest)
-        self.digest.update(self.checksums)
-        self.file.write(self.checksums)
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.temporary, self.path)
-        return TokenShard(self.num_tokens, self.num_documents, self.text_bytes, self.digest.hexdigest())
-
-    def abandon(self) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-
-def _checksums(stream: bytes) -> bytes:
-    """The CRC-32 of each block, 4 bytes each."""
-    blocks = (memoryview(stream)[at : at + BLOCK_BYTES] for at in range(0, len(stream), BLOCK_BYTES))
+def _checksums(stream: bytes | memoryview) -> bytes:
+    blocks = (stream[start : start + BLOCK_BYTES] for start in range(0, len(stream), BLOCK_BYTES))
     return b"".join(zlib.crc32(block).to_bytes(4, "little") for block in blocks)
 
 
+def write_shard(path: Path, bytes_per_id: int, documents: Iterable[tuple[np.ndarray, int]]) -> TokenShard:
+    """Writes a shard, returns its entry in the index. documents: ids with bos and eos, and the bytes of the text."""
+    shard, digest = TokenShard(0, 0, 0, ""), sha256()
+    rest, checksums = b"", bytearray()  # the ids after the last full block; the CRCs of the full blocks
+    with appear_whole(path) as temporary, open(temporary, "wb") as file:
+        for ids, text_bytes in documents:
+            shard.num_tokens += len(ids)
+            shard.num_documents += 1
+            shard.text_bytes += text_bytes
+            stream = rest + ids.astype(f"<u{bytes_per_id}").tobytes()
+            whole = len(stream) // BLOCK_BYTES * BLOCK_BYTES
+            blocks, rest = stream[:whole], stream[whole:]
+            checksums += _checksums(blocks)
+            digest.update(blocks)
+            file.write(blocks)
+        end = rest + checksums + _checksums(rest)
+        digest.update(end)
+        file.write(end)
+        file.flush()
+        os.fsync(file.fileno())
+    shard.sha256 = digest.hexdigest()
+    return shard
+
+
 class Corpus:
-    """The stream of token ids in a folder. fingerprint is a hash of the ids. Raises ConfigError if there is no index or
-    if a shard's size contradicts it."""
+    """The stream of token ids in a folder; fingerprint is a hash of the ids. Raises ConfigError if there is no index,
+    or if a shard's size contradicts it."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.index = index = read_index(self.folder)
+        index = read_index(self.folder)
         if index is None:
             raise ConfigError(
                 f"{self.folder} is not a corpus: it has no index.json; make a corpus with scripts/prepare_data.py, or "
                 "let that command finish."
             )
-        self.bytes_per_id, self.eos_id = index.bytes_per_id, index.eos_id
-        for number, shard in enumerate(index.shards):
-            path, expected = shard_path(self.folder, number), shard.file_bytes(self.bytes_per_id)
+        self.index, self.bytes_per_id, self.eos_id = index, index.bytes_per_id, index.eos_id
+        self.paths = [shard_path(self.folder, number) for number in range(len(index.shards))]
+        for path, shard in zip(self.paths, index.shards, strict=True):
+            expected = shard.file_bytes(self.bytes_per_id)
             try:
                 size = os.stat(path).st_size
             except OSError as error:
@@ -170,55 +158,38 @@ class Corpus:
         self.text_bytes = sum(shard.text_bytes for shard in index.shards)
         checksums = "".join(shard.sha256 for shard in index.shards)
         self.fingerprint = blake2b(f"{self.bytes_per_id} {checksums}".encode(), digest_size=16).hexdigest()
-        self._open = lru_cache(OPEN_FILES)(partial(_open_shard, self.folder))
+        self._open = lru_cache(OPEN_FILES)(partial(open, mode="rb", buffering=0))
 
     def __reduce__(self):
         return Corpus, (self.folder,)  # pickled by its folder: open files cannot go to another process
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """The ids start ... start + count - 1: [count] uint16 or uint32. Raises ConfigError if a block has changed."""
+        """The ids start ... start + count - 1: [count] uint16 or uint32. ConfigError if a block of them has changed."""
         assert start >= 0 and start + count <= self.num_tokens
-        parts, number = [], bisect_right(self.ends, start)
+        parts = []
         while count > 0:
+            number = bisect_right(self.ends, start)
             first = start - (self.ends[number] - self.index.shards[number].num_tokens)
             here = min(count, self.ends[number] - start)
             parts.append(self._read(number, first, here))
-            start, count, number = start + here, count - here, number + 1
+            start, count = start + here, count - here
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _read(self, number: int, first: int, count: int) -> np.ndarray:
         """The ids first ... first + count - 1 of a shard."""
-        path, size = shard_path(self.folder, number), self.index.shards[number].num_tokens * self.bytes_per_id
+        path = self.paths[number]
+        size = self.index.shards[number].num_tokens * self.bytes_per_id
         begin, end = first * self.bytes_per_id, (first + count) * self.bytes_per_id
         blocks = range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES))
         offset = blocks.start * BLOCK_BYTES
         try:
-            file = self._open(number).fileno()
+            file = self._open(path).fileno()
             stream = os.pread(file, min(blocks.stop * BLOCK_BYTES, size) - offset, offset)
             checksums = os.pread(file, 4 * len(blocks), size + 4 * blocks.start)
         except OSError as error:
             raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-        if not stream or _checksums(stream) != checksums:  # a truncated file may have neither ids nor checksums
+        if len(checksums) < 4 * len(blocks) or _checksums(memoryview(stream)) != checksums:
             raise ConfigError(
                 f"{path} has changed since it was written (around byte {begin:,}); delete it, then {MAKE_AGAIN}"
             )
         return np.frombuffer(stream, f"<u{self.bytes_per_id}", count, begin - offset)
-
-
-def _open_shard(folder: Path, number: int):
-    return open(shard_path(folder, number), "rb", buffering=0)
-
-
-def verify(folder: Path, report: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
-    """Reads a whole corpus and returns a line for each shard whose SHA-256 is not the index's. Raises ConfigError as
-    Corpus does."""
-    index, wrong = Corpus(folder).index, []
-    for number, shard in enumerate(index.shards):
-        digest, path = sha256(), shard_path(folder, number)
-        with open(path, "rb") as file:
-            while chunk := file.read(2**22):
-                digest.update(chunk)
-        if digest.hexdigest() != shard.sha256:
-            wrong.append(f"{path}: SHA-256 is {digest.hexdigest()}, not {shard.sha256}")
-        report(number + 1, len(index.shards))
-    return wrong

@@ -13,14 +13,16 @@ import argparse
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import Data
 from data.prepare import SHARD_BYTES, prepare
-from data.shards import Corpus, TokenShard, verify
+from data.shards import Corpus, TokenShard
 from data.sources import build_source
 from data.tokenizer import build_tokenizer
 from errors import ConfigError
@@ -48,6 +50,22 @@ class Progress:
         elif is_last or time.monotonic() - self.shown > self.seconds_between:
             print(line, flush=True)
             self.shown = time.monotonic()
+
+
+def verify(folder: Path, report: Callable[[int, int], None] = lambda done, total: None) -> list[str]:
+    """Reads a whole corpus and returns a line for each shard whose SHA-256 is not the index's. Raises ConfigError as
+    Corpus does."""
+    corpus, wrong = Corpus(folder), []
+    shards = corpus.index.shards
+    for number, (path, shard) in enumerate(zip(corpus.paths, shards, strict=True)):
+        digest = sha256()
+        with open(path, "rb") as file:
+            while chunk := file.read(2**22):
+                digest.update(chunk)
+        if digest.hexdigest() != shard.sha256:
+            wrong.append(f"{path}: SHA-256 is {digest.hexdigest()}, not {shard.sha256}")
+        report(number + 1, len(shards))
+    return wrong
 
 
 def main(arguments: list[str]) -> None:

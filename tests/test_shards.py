@@ -18,8 +18,9 @@ from helpers.texts import BYTE
 from data import build_dataset, build_loader, build_tokenizer
 from data.dataset import TokenDataset
 from data.prepare import prepare
-from data.shards import BLOCK_BYTES, Corpus, CorpusIndex, TokenShard, read_index, shard_path, verify
+from data.shards import BLOCK_BYTES, Corpus, CorpusIndex, TokenShard, read_index, shard_path
 from data.sources import build_source
+from scripts.prepare_data import verify
 
 SHARD_BYTES = 10_000  # of text per shard
 
